@@ -1,0 +1,1 @@
+"""What comes in: downloaded assets, models, calibration text and benchmark data."""

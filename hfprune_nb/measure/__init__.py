@@ -1,0 +1,1 @@
+"""A model beside its dense reference: tasks, perplexity, fidelity, and their statistics."""

@@ -1,0 +1,122 @@
+"""lm-eval tasks by name: the harness's own prompts and metrics, on local records where the kit has them."""
+
+import difflib
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import lm_eval.tasks
+import pyarrow.parquet
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from hfprune_nb import paths
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs.benchmarks import BENCHMARKS, benchmark_path
+
+SOURCES = ("auto", "local", "hub")
+
+
+class LocalTask(ConfigurableTask):
+    """A task whose `dataset_kwargs.data_files` (split -> .parquet or .jsonl) are read without the hub."""
+
+    def download(self, dataset_kwargs: dict | None = None, **_) -> None:
+        """Read every split's file into memory."""
+        self.dataset = {split: _read(Path(file)) for split, file in dataset_kwargs["data_files"].items()}
+
+    @functools.cached_property
+    def eval_docs(self) -> datasets.Dataset:
+        """The records that are scored; kept, as the harness prepares them anew at every look."""
+        return super().eval_docs
+
+
+def load_tasks(names: Iterable[str], source: str = "auto") -> dict[str, Task]:
+    """Return the named lm-eval tasks, in that order; a group or tag of the harness gives each of its tasks.
+
+    source  `local`: the tasks of `inputs.benchmarks` and of `data/tasks/`, with no network; `hub`: the harness's own
+            task and data; `auto`: local where there is such a task, else the hub.
+    Raises UserError for an unknown task (with the nearest names), a task without local records under `local`, and data
+    that the hub does not give.
+    """
+    if source not in SOURCES:
+        raise UserError(f"source={source!r} is unknown: choose one of {', '.join(SOURCES)}")
+    found = {}
+    for name in names:
+        if source != "hub" and name in local_names():
+            found[name] = _local_task(name)
+        elif source == "local":
+            raise UserError(f"task {name!r} has no local records: choose of {', '.join(local_names())}, or source='hub'")
+        else:
+            found.update(_hub_tasks(name))
+    return found
+
+
+def local_names() -> list[str]:
+    """Return the tasks that need no hub: the benchmarks, then the files of `data/tasks/`."""
+    return [*BENCHMARKS, *sorted(file.stem for file in _own_folder().glob("*.yaml"))]
+
+
+def describe(task: Task) -> dict:
+    """Return what a result row says of its task: metrics, shots, version, items, and the source of its records."""
+    local = isinstance(task, LocalTask)
+    return {
+        "metrics": list(task.aggregation()),
+        "shots": task.config.num_fewshot or 0,
+        "version": task.VERSION,
+        "items": len(task.eval_docs),
+        "source": "local" if local else f"hub: {task.DATASET_PATH}",
+    }
+
+
+def _own_folder() -> Path:
+    return paths.data() / "tasks"
+
+
+def _harness_file(name: str) -> Path:
+    return Path(lm_eval.tasks.__file__).parent / BENCHMARKS[name].harness_file
+
+
+def _local_task(name: str) -> LocalTask:
+    if name in BENCHMARKS:
+        split = BENCHMARKS[name].split
+        # The harness takes shots from whatever other split is named and fails where it is absent, even for no shots.
+        absent = {f"{other}_split": None for other in ("training", "validation", "test") if other != split}
+        files = {split: str(benchmark_path(name))}
+        config = {**load_yaml(_harness_file(name)), **absent, "dataset_path": "parquet", "dataset_name": None}
+    else:
+        config = load_yaml(_own_folder() / f"{name}.yaml")
+        # Paths in a task file of ours are relative to that file.
+        files = {split: str(_own_folder() / file) for split, file in config["dataset_kwargs"]["data_files"].items()}
+    return LocalTask(config={**config, "dataset_kwargs": {"data_files": files}})
+
+
+def _read(file: Path) -> datasets.Dataset:
+    if file.suffix == ".parquet":
+        return datasets.Dataset(pyarrow.parquet.read_table(file))
+    return datasets.Dataset.from_list([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
+
+
+@functools.cache
+def _task_manager() -> TaskManager:
+    # Reads some 14,000 files, which takes several seconds.
+    return TaskManager()
+
+
+def _hub_tasks(name: str) -> dict[str, Task]:
+    if name not in BENCHMARKS and name not in (known := _task_manager().all_tasks):
+        nearest = difflib.get_close_matches(name, {*local_names(), *known}, n=3)
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`lm_eval ls tasks` lists the names"
+        raise UserError(f"task {name!r} is unknown to lm-eval: {hint}")
+    try:
+        if name in BENCHMARKS:
+            return {name: ConfigurableTask(config=load_yaml(_harness_file(name)))}
+        return _task_manager().load([name])["tasks"]
+    # The hub's client and the data loaders raise many types that share no base class.
+    except Exception as error:
+        raise UserError(
+            f"task {name!r}: the hub did not give its data ({type(error).__name__}): check the connection, or choose "
+            f"of the local tasks {', '.join(local_names())}"
+        ) from error

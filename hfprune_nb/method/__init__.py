@@ -1,0 +1,1 @@
+"""Criteria, scoring, allocation and pruning of MLP neurons."""

@@ -1,0 +1,32 @@
+"""Where the kit keeps its notebooks, data and results; each folder can be moved by one environment variable."""
+
+import os
+from pathlib import Path
+
+
+def project() -> Path:
+    """Return the kit's folder: `HFPRUNE_HOME`, else the checkout that holds the package, else the working directory."""
+    if home := os.environ.get("HFPRUNE_HOME"):
+        return Path(home).expanduser().resolve()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+
+
+def notebooks() -> Path:
+    """Return the folder of the study's notebooks."""
+    return project() / "notebooks"
+
+
+def data() -> Path:
+    """Return the folder of published tables and local task files."""
+    return project() / "data"
+
+
+def cache() -> Path:
+    """Return the folder of downloads and converted models: `HFPRUNE_CACHE`, else `data/cache`."""
+    return Path(os.environ.get("HFPRUNE_CACHE") or data() / "cache").expanduser().resolve()
+
+
+def results() -> Path:
+    """Return the folder of all studies' results: `HFPRUNE_RESULTS`, else `results`."""
+    return Path(os.environ.get("HFPRUNE_RESULTS") or project() / "results").expanduser().resolve()

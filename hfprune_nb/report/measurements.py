@@ -1,0 +1,315 @@
+"""A study's evaluation artifacts as tidy frames, their columns in the tables, and the protocol behind them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.measure import statistics
+
+CRITERIA = ("one_hot_ce", "self_distillation", "entropy")
+ORDER = ("dense", *CRITERIA, "magnitude", "random")
+LABELS = {
+    "dense": "Dense",
+    "one_hot_ce": "One-hot CE",
+    "self_distillation": "Self-distillation",
+    "entropy": "Entropy (HFPrune)",
+    "magnitude": "Magnitude",
+    "random": "Random",
+}
+NO_ACCURACY = "pct_stereotype"
+FIDELITY = ("js", "kl", "jaccard15", "top1")
+MEASURES = {
+    "task": "accuracy",
+    "average": "average of tasks",
+    "perplexity": "perplexity",
+    "js": "JS distance",
+    "kl": "KL",
+    "jaccard15": "top-15 Jaccard",
+    "top1": "top-1 agreement",
+}
+UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "jaccard15": "", "top1": "%"}
+LOWER_IS_BETTER = ("perplexity", "js", "kl")
+FRAME_NAMES = {"items": "benchmark tasks", "perplexity": "perplexity", "fidelity": "fidelity to the dense model"}
+SETTINGS = (
+    ("dtype", "dtype"),
+    ("device", "device"),
+    ("lm-eval", "lm_eval"),
+    ("limit", "limit"),
+    ("batch size", "batch_size"),
+    ("BOS", "bos"),
+    ("window length", "seq_len"),
+)
+KEYS = ["model", "criterion", "ratio", "seed"]
+COLUMNS = {
+    "items": ("task", "doc_id", "metric", "value"),
+    "perplexity": ("corpus", "window", "tokens", "nll"),
+    "fidelity": ("corpus", "window", "positions", *FIDELITY),
+    "next_tokens": ("prompt_id", "prompt", "source", "rank", "token", "probability"),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's evaluations as tidy frames; all but `tasks` have the columns model, criterion, ratio, seed (dense: -1).
+
+    models: one row per evaluation (achieved_ratio, neuron_ratio, parameters). items, perplexity, fidelity, next_tokens:
+    the evaluation artifact's rows. tasks: one row per model and task (metric, shots, version, evaluated and available
+    items, source).
+    """
+
+    models: pd.DataFrame
+    items: pd.DataFrame
+    perplexity: pd.DataFrame
+    fidelity: pd.DataFrame
+    next_tokens: pd.DataFrame
+    tasks: pd.DataFrame
+    protocols: list[dict]
+    notes: list[str]
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models of the study."""
+        return list(dict.fromkeys(self.models["model"]))
+
+    def middle_ratio(self, model: str) -> float:
+        """Return the middle one of the ratios at which `model` was pruned, 0 where it was not."""
+        ratios = sorted(self.models.loc[(self.models["model"] == model) & (self.models["ratio"] > 0), "ratio"].unique())
+        return float(ratios[(len(ratios) - 1) // 2]) if ratios else 0.0
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the criterion table: a task, an average of tasks, or a measure on a corpus."""
+
+    name: str
+    measure: str
+    label: str
+    tasks: tuple[str, ...] = ()
+    corpus: str = ""
+
+
+def label(criterion: str) -> str:
+    """Return a criterion's name for readers; a criterion that the kit does not know keeps its own."""
+    return LABELS.get(criterion, criterion)
+
+
+def in_order(criteria: Iterable[str]) -> list[str]:
+    """Return criteria in the order of every table and legend: dense, the paper's three, the controls, any others."""
+    return sorted(set(criteria), key=rank)
+
+
+def rank(criterion: str) -> tuple[int, str]:
+    """Return the sort key behind `in_order`."""
+    return ORDER.index(criterion) if criterion in ORDER else len(ORDER), criterion
+
+
+def percent(ratio: float) -> str:
+    """Return a ratio as per cent without trailing zeros, "20 %"."""
+    return f"{100 * ratio:.4g} %"
+
+
+def collect(evaluation_folders: Iterable[Path]) -> Results:
+    """Read evaluation artifacts into tidy frames; `Results.notes` says what is missing.
+
+    Raises UserError when there is no folder, an artifact is damaged or incomplete, or two evaluations describe the same
+    model, criterion, ratio and seed.
+    """
+    folders = [Path(folder) for folder in evaluation_folders]
+    if not folders:
+        raise UserError("evaluations is empty: run the evaluation stage (05) of this study first")
+    # Artifacts come in the order of their hashes, which means nothing to a reader.
+    summaries, folders = zip(*sorted(((_summary(f), f) for f in folders), key=_reading_order), strict=True)
+    models = pd.DataFrame([_model_row(summary) for summary in summaries])
+    repeated = models[models.duplicated(KEYS, keep=False)]
+    if len(repeated):
+        first = repeated.iloc[0]
+        raise UserError(
+            f"evaluations holds {first['model']}, {first['criterion']} at ratio {first['ratio']:g} and seed "
+            f"{first['seed']} more than once, perhaps under two protocols: list the ones that are meant"
+        )
+    frames = {name: _stack(name, folders, models) for name in COLUMNS}
+    metrics = {
+        (row["model"], task): facts.get("metric")
+        for row, summary in zip(models.to_dict("records"), summaries, strict=True)
+        for task, facts in summary["protocol"].get("tasks", {}).items()
+    }
+    items = frames["items"]
+    wanted = pd.Series([metrics.get(pair) for pair in zip(items["model"], items["task"], strict=True)], items.index)
+    frames["items"] = items[wanted.isna() | (wanted == items["metric"])]
+    notes = [f"No {FRAME_NAMES[name]} in these evaluations." for name in FRAME_NAMES if frames[name].empty]
+    notes += [
+        f"{name}: the dense model was not evaluated."
+        for name in models["model"].unique()
+        if "dense" not in set(models.loc[models["model"] == name, "criterion"])
+    ]
+    notes += list(dict.fromkeys(note for summary in summaries for note in summary.get("notes", [])))
+    tasks = _task_facts(summaries, frames["items"])
+    return Results(models=models, tasks=tasks, protocols=[s["protocol"] for s in summaries], notes=notes, **frames)
+
+
+def _reading_order(evaluation: tuple[dict, Path]) -> tuple:
+    row = _model_row(evaluation[0])
+    return row["model"], row["ratio"], rank(row["criterion"]), row["seed"]
+
+
+def _summary(folder: Path) -> dict:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no evaluation artifact, it has no summary.json: name one of stage 05") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{folder / 'summary.json'} is damaged: delete the folder and rerun") from None
+    if missing := [name for name in ("model", "criterion", "ratio", "seed", "protocol") if name not in summary]:
+        raise UserError(f"{folder / 'summary.json'} lacks {missing[0]!r}: delete the folder and rerun the evaluation")
+    return summary
+
+
+def _model_row(summary: dict) -> dict:
+    ratio = summary["ratio"] if summary["ratio"] is not None else summary.get("achieved_ratio")
+    return {
+        "model": summary["model"],
+        "criterion": summary["criterion"],
+        "ratio": round(float(ratio or 0), 4),
+        # Frames cannot be pivoted on a missing seed, and a dense model has none.
+        "seed": -1 if summary["seed"] is None else int(summary["seed"]),
+        "achieved_ratio": summary.get("achieved_ratio"),
+        "neuron_ratio": summary.get("neuron_ratio"),
+        "parameters": summary.get("parameters"),
+    }
+
+
+def _stack(name: str, folders: tuple[Path, ...], models: pd.DataFrame) -> pd.DataFrame:
+    parts = [pd.DataFrame(columns=[*KEYS, *COLUMNS[name]])]
+    for folder, row in zip(folders, models[KEYS].to_dict("records"), strict=True):
+        path = folder / f"{name}.parquet"
+        if not path.exists():
+            continue
+        try:
+            part = pd.read_parquet(path)
+        except (OSError, ValueError):
+            raise UserError(f"{path} is damaged: delete the folder and rerun") from None
+        if part.empty:
+            continue
+        if missing := [column for column in COLUMNS[name] if column not in part]:
+            raise UserError(f"{path} lacks the column {missing[0]!r}: delete the folder and rerun the evaluation")
+        parts.append(part[list(COLUMNS[name])].assign(**row))
+    return pd.concat(parts[1:], ignore_index=True) if len(parts) > 1 else parts[0]
+
+
+def _task_facts(summaries: tuple[dict, ...], items: pd.DataFrame) -> pd.DataFrame:
+    counts = items.groupby(["model", "task", *KEYS[1:]]).size().groupby(["model", "task"]).max()
+    rows = {}
+    for summary in summaries:
+        for task, facts in summary["protocol"].get("tasks", {}).items():
+            evaluated = counts.get((summary["model"], task), 0)
+            rows[summary["model"], task] = {"model": summary["model"], "task": task, **facts, "evaluated": evaluated}
+    for model, task in counts.index:
+        rows.setdefault((model, task), {"model": model, "task": task, "evaluated": counts[model, task]})
+    return pd.DataFrame(
+        rows.values(), columns=["model", "task", "metric", "shots", "version", "items", "available", "evaluated", "source"]
+    )
+
+
+def columns(results: Results, model: str) -> list[Column]:
+    """Return the criterion table's columns for one model: tasks, averages, perplexity and fidelity by corpus."""
+    items, found = results.items[results.items["model"] == model], []
+    facts = results.tasks[results.tasks["model"] == model].set_index("task")
+    tasks = [task for task in facts.index if task in set(items["task"])]
+    for task in tasks:
+        metric = facts.loc[task, "metric"] if isinstance(facts.loc[task, "metric"], str) else ""
+        found.append(Column(task, "task", f"{task} {metric}, %".replace(" ,", ","), (task,)))
+    # An average over different tasks would compare nothing, so only tasks that every model of the table answered enter.
+    per_model = items.groupby([*KEYS])["task"].agg(set)
+    common = [task for task in tasks if all(task in answered for answered in per_model)]
+    accuracies = [task for task in common if facts.loc[task, "metric"] != NO_ACCURACY]
+    if common:
+        found.append(Column("average", "average", f"average of {len(common)} tasks, %", tuple(common)))
+    if 0 < len(accuracies) < len(common):
+        text = f"average of {len(accuracies)} without CrowS-Pairs, %"
+        found.append(Column("average_without_crows", "average", text, tuple(accuracies)))
+    for measure, frame in (("perplexity", results.perplexity), *((name, results.fidelity) for name in FIDELITY)):
+        for corpus in frame.loc[frame["model"] == model, "corpus"].unique():
+            unit = ", %" if UNITS[measure] == "%" else ""
+            found.append(Column(f"{measure}:{corpus}", measure, f"{MEASURES[measure]} {corpus}{unit}", corpus=corpus))
+    return found
+
+
+def sample(results: Results, column: Column, model: str, criterion: str, ratio: float) -> pd.DataFrame:
+    """Return one cell's data as the frame that `measure.statistics` takes (seed, item, value, weight or group).
+
+    Tasks and top-1 agreement are in per cent; perplexity is the log-perplexity, in nats per token.
+    """
+    source = {"task": results.items, "average": results.items, "perplexity": results.perplexity}
+    frame = source.get(column.measure, results.fidelity)
+    frame = frame[(frame["model"] == model) & (frame["criterion"] == criterion) & (frame["ratio"] == ratio)]
+    if column.tasks:
+        frame = frame[frame["task"].isin(column.tasks)]
+        frame = frame.rename(columns={"doc_id": "item", "task": "group"})[["seed", "item", "group", "value"]]
+        return frame.assign(value=100 * frame["value"].astype(float))
+    frame = frame[frame["corpus"] == column.corpus].rename(columns={"window": "item", "positions": "weight"})
+    if column.measure == "perplexity":
+        return statistics.log_perplexity_frame(frame[["seed", "item", "nll", "tokens"]]) if len(frame) else frame
+    scale = 100 if UNITS[column.measure] == "%" else 1
+    return frame.assign(value=scale * frame[column.measure].astype(float))[["seed", "item", "weight", "value"]]
+
+
+def protocol_note(results: Results) -> str:
+    """Return the paragraph printed under each table: what was measured, how, on how much, and the artifacts' notes."""
+    sentences = [_model_sentence(results, model) for model in results.model_names]
+    values = {name: _values(results.protocols, key) for name, key in SETTINGS}
+    settings = [f"{name} {value}" for name, value in values.items() if value]
+    sentences.append("Settings: " + ", ".join(settings) + "." if settings else "")
+    seeds = sorted(set(results.models["seed"]) - {-1})
+    sentences.append(f"Calibration seeds: {', '.join(map(str, seeds))}." if seeds else "No calibration seed.")
+    for model in results.model_names:
+        facts = results.tasks[results.tasks["model"] == model]
+        if len(facts):
+            prefix = f"Tasks of {model}: " if len(results.model_names) > 1 else "Tasks: "
+            told = [_task_sentence(row, results.protocols) for row in facts.to_dict("records")]
+            sentences.append(prefix + "; ".join(told) + ".")
+    held_out = (("Perplexity", results.perplexity, "tokens"), ("Fidelity", results.fidelity, "positions"))
+    for name, frame, size in held_out:
+        told = [
+            f"{part['window'].nunique()} windows of {corpus} ({part[size].max()} {size} each)"
+            for corpus, part in frame.groupby("corpus", sort=False)
+        ]
+        if told:
+            sentences.append(f"{name} on {', '.join(told)}.")
+    return "Protocol. " + " ".join(s for s in [*sentences, *results.notes] if s)
+
+
+def _values(protocols: list[dict], key: str) -> str:
+    found = dict.fromkeys(json.dumps(p[key]) for p in protocols if p.get(key) is not None)
+    # A limit of 0 means all items, which the sentence on tasks says better.
+    words = {"true": "yes", "false": "no", "0": "none"}
+    return " and ".join(words.get(value, value.strip('"')) for value in found)
+
+
+def _model_sentence(results: Results, model: str) -> str:
+    rows = results.models[results.models["model"] == model]
+    dense = rows.loc[rows["criterion"] == "dense", "parameters"]
+    size = f", {dense.iloc[0] / 1e6:,.1f} M parameters dense" if len(dense) and pd.notna(dense.iloc[0]) else ""
+    achieved = rows[rows["criterion"] != "dense"].groupby("ratio")[["achieved_ratio", "neuron_ratio"]].mean()
+    ratios = [
+        f"{percent(ratio)} (achieved {percent(row.achieved_ratio)}, {percent(row.neuron_ratio)} of the MLP neurons)"
+        for ratio, row in achieved.astype(float).iterrows()
+    ]
+    return f"Model {model}{size}" + (f"; ratios of all parameters {', '.join(ratios)}." if ratios else ".")
+
+
+def _task_sentence(row: dict, protocols: list[dict]) -> str:
+    known = {name: row[name] for name in ("metric", "shots", "version", "source") if pd.notna(row[name])}
+    words = {"metric": "{}", "shots": "{:g}-shot", "version": "version {}", "source": "{} data"}
+    limits = [p["limit"] for p in protocols if p.get("limit")]
+    total = row["available"] if pd.notna(row["available"]) else row["items"]
+    if pd.notna(total) and row["evaluated"] < total:
+        count = f"limited run: {row['evaluated']} of {total:g} items"
+    elif limits and row["evaluated"] >= min(limits):
+        count = f"limited run: the first {row['evaluated']} items"
+    else:
+        count = f"{row['evaluated']} items"
+    return f"{row['task']} ({', '.join([words[name].format(value) for name, value in known.items()] + [count])})"

@@ -1,0 +1,520 @@
+"""The paper's tables from a study's evaluations: a mean and a 95 % interval per cell, published values beside ours."""
+
+import html
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from hfprune_nb import paths
+from hfprune_nb.errors import UserError
+from hfprune_nb.measure import statistics
+from hfprune_nb.report.measurements import (
+    CRITERIA,
+    FIDELITY,
+    LOWER_IS_BETTER,
+    MEASURES,
+    UNITS,
+    Results,
+    columns,
+    in_order,
+    label,
+    percent,
+    protocol_note,
+    sample,
+)
+
+PAPER_CRITERIA = {"dense": "dense", "CE": "one_hot_ce", "SD": "self_distillation", "IE": "entropy"}
+PAPER_MODEL = "LLaMA-2-7B"
+PAPER_COLUMNS = {
+    "avg10": "average",
+    "ARCc": "arc_challenge",
+    "Wino": "winogrande",
+    "TfQA": "truthfulqa_mc2",
+    "JS distance": "js:c4",
+    "Top-15 Jaccard": "jaccard15:c4",
+}
+PAIRED = [
+    "model",
+    "ratio",
+    "column",
+    "measure",
+    "a",
+    "b",
+    "mean",
+    "low",
+    "high",
+    "p",
+    "p_items",
+    "n_seeds",
+    "n_items",
+    "note",
+]
+PAIRED_DISPLAY = [
+    "Model",
+    "Measure",
+    "Ratio",
+    "A - B",
+    "Difference",
+    "p",
+    "p (Holm)",
+    "p (items)",
+    "Seeds",
+    "Items",
+    "Verdict",
+]
+ABSENT = "–"
+DEFINITIONS = (
+    "Compared with the dense model at the same positions of held-out text: JS distance is the square root of the "
+    "Jensen-Shannon divergence in base 2 (0 to 1; the paper gives neither root nor base), KL is KL(dense || pruned) in "
+    "nats, top-15 Jaccard the overlap of the 15 likeliest tokens, top-1 agreement the share of equal likeliest tokens."
+)
+INTERVALS = (
+    "Cells are means with 95 % intervals: hierarchical bootstrap over calibration seeds and items (items only where "
+    "there is one seed or none)."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table twice: `long` for machines (one row per cell) and `display` for readers, with the notes printed below."""
+
+    name: str
+    title: str
+    long: pd.DataFrame
+    display: pd.DataFrame
+    notes: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """Return the table for readers as Markdown, title above, notes below."""
+        body = self.display.to_markdown(index=False, disable_numparse=True) if len(self.display) else "No rows."
+        return "\n\n".join([f"**{self.title}**", body, *self.notes]) + "\n"
+
+    def styler(self):
+        """Return the table for readers as a pandas Styler: rules between groups of rows, published columns grey."""
+        # Stable identifiers keep the committed HTML free of differences that mean nothing.
+        style = self.display.style.hide(axis="index").set_uuid(self.name).set_caption(self.title)
+        published = [name for name in self.display if "paper" in name]
+        style = style.set_properties(subset=published, **{"color": "#666666", "font-style": "italic"})
+        groups = [name for name in ("Model", "Ratio") if name in self.display]
+        if groups and len(self.display):
+            starts = self.display[groups].ne(self.display[groups].shift()).any(axis=1)
+            rules = np.where(starts, "border-top: 1px solid #999999", "")
+            style = style.apply(lambda column: rules, axis=0)
+        return style.set_table_styles(
+            [
+                {"selector": "", "props": "border-collapse: collapse; font-size: 13px"},
+                {"selector": "caption", "props": "text-align: left; font-weight: bold; padding: 6px 0"},
+                {"selector": "th", "props": "text-align: left; vertical-align: bottom; padding: 3px 10px 3px 0"},
+                {"selector": "td", "props": "text-align: left; padding: 3px 10px 3px 0; white-space: nowrap"},
+                {"selector": "tbody tr:last-child td", "props": "border-bottom: 1px solid #999999"},
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f'<p style="font-size: 12px; max-width: 70em">{html.escape(note)}</p>' for note in self.notes)
+        return f'<div style="overflow-x: auto">{self.styler().to_html()}</div>{notes}'
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write `<name>.csv` (long), `<name>.md` and `<name>.html` (for readers) into `folder`; return their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        page = (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{html.escape(self.title)}</title></head>"
+            f'<body style="font-family: sans-serif; margin: 2em">{self._repr_html_()}</body></html>\n'
+        )
+        written = [folder / f"{self.name}.{ending}" for ending in ("csv", "md", "html")]
+        for path, text in zip(written, (self.long.to_csv(index=False), self.markdown(), page), strict=True):
+            path.write_text(text, encoding="utf-8")
+        return written
+
+
+def criterion_table(results: Results, n_resamples: int = statistics.N_RESAMPLES, seed: int = 0) -> Table:
+    """Return the main table: rows dense and each criterion x ratio, columns tasks, average, perplexity and fidelity.
+
+    `long` has the columns model, criterion, ratio, column, measure, label, unit, mean, low, high, n_seeds, n_items,
+    source and note.
+    """
+    rows = []
+    for model in results.model_names:
+        of_model = results.models[results.models["model"] == model]
+        pairs = set(zip(of_model["criterion"], of_model["ratio"], strict=True))
+        ordered = sorted(pairs, key=lambda pair: (pair[1], in_order(of_model["criterion"]).index(pair[0])))
+        for (criterion, ratio), column in itertools.product(ordered, columns(results, model)):
+            interval = _cell(sample(results, column, model, criterion, ratio), column.measure, n_resamples, seed)
+            rows.append(
+                {
+                    "model": model,
+                    "criterion": criterion,
+                    "ratio": ratio,
+                    "column": column.name,
+                    "measure": column.measure,
+                    "label": column.label,
+                    "unit": UNITS[column.measure],
+                    "mean": interval.mean,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "n_seeds": interval.n_seeds,
+                    "n_items": interval.n_items,
+                    "source": "measured",
+                    "note": interval.note,
+                }
+            )
+    if not rows:
+        raise UserError("the evaluations hold no task, perplexity or fidelity: rerun stage 05 with one of them")
+    long = pd.DataFrame(rows)
+    display = _display(long).drop(columns=["Model"] if len(results.model_names) == 1 else [])
+    title = "Dense and pruned models by criterion and ratio of all parameters removed (measured)"
+    return Table("criterion", title, long, display, (INTERVALS, *_cell_notes(long), protocol_note(results)))
+
+
+def _cell(frame: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> statistics.Interval:
+    if frame.empty:
+        return statistics.Interval(np.nan, np.nan, np.nan, 0, 0, "not measured")
+    if not np.isfinite(frame["value"]).all():
+        return statistics.Interval(np.nan, np.nan, np.nan, frame["seed"].nunique(), len(frame), "not finite")
+    interval = statistics.hierarchical_interval(frame, seed, n_resamples)
+    if measure != "perplexity":
+        return interval
+    with np.errstate(over="ignore"):
+        bounds = np.exp([interval.mean, interval.low, interval.high])
+    return statistics.Interval(*map(float, bounds), interval.n_seeds, interval.n_items, interval.note)
+
+
+def _display(long: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (model, ratio, criterion), cells in long.groupby(["model", "ratio", "criterion"], sort=False):
+        row = {"Model": model, "Ratio": percent(ratio), "Criterion": label(criterion), "Seeds": _seed_count(cells)}
+        rows.append(row | {c["label"]: format_cell(c) for c in cells.to_dict("records")})
+    return pd.DataFrame(rows).fillna(ABSENT)
+
+
+def _seed_count(cells: pd.DataFrame) -> str:
+    return ABSENT if (cells["criterion"] == "dense").all() else str(cells["n_seeds"].max())
+
+
+def format_cell(cell: dict) -> str:
+    """Return a cell (mean, low, high, measure) as "46.2 [43.1, 49.0]"; a value without interval stands alone."""
+    if pd.isna(cell["mean"]):
+        return "not finite" if cell.get("note") == "not finite" else ABSENT
+    mean, low, high = (format_value(cell[name], cell["measure"]) for name in ("mean", "low", "high"))
+    return mean if pd.isna(cell["low"]) else f"{mean} [{low}, {high}]"
+
+
+def format_value(value: float, measure: str) -> str:
+    """Return a value with as many decimals as its measure supports; huge perplexities in powers of ten."""
+    if measure == "perplexity":
+        return f"{value:.3g}" if value >= 10_000 else f"{value:.{0 if value >= 1000 else 1 if value >= 100 else 2}f}"
+    return f"{value:.1f}" if UNITS[measure] == "%" else f"{value:.3f}"
+
+
+def _cell_notes(long: pd.DataFrame) -> list[str]:
+    """Return the remarks of single cells as sentences, leaving out what every table says anyway."""
+    told = long[long["note"].str.contains("left out|not finite")]
+    return [
+        f"{cell['model']}, {label(cell['criterion'])} at {percent(cell['ratio'])}, {cell['label']}: {cell['note']}."
+        for cell in told.to_dict("records")
+    ]
+
+
+def published(path: Path | None = None) -> pd.DataFrame:
+    """Return the published values (table, model, ratio_pct, method, finetuned, metric, value, unit, sources, note)."""
+    path = path or paths.data() / "paper_tables.csv"
+    if not path.exists():
+        raise UserError(f"{path} is missing: restore data/paper_tables.csv from the repository")
+    return pd.read_csv(path)
+
+
+def _paper_cells(tables: tuple[str, ...], path: Path | None = None) -> pd.DataFrame:
+    """Return published LLaMA-2-7B cells in the long layout, ratio as a fraction, source `paper`."""
+    frame = published(path)
+    frame = frame[frame["table"].isin(tables) & (frame["model"] == PAPER_MODEL) & (frame["finetuned"] == "no")]
+    frame = frame[frame["method"].isin(PAPER_CRITERIA) & frame["metric"].isin(PAPER_COLUMNS)]
+    name = frame["metric"].map(PAPER_COLUMNS)
+    measure = name.str.split(":").str[0]
+    measure = measure.where(measure.isin(MEASURES), "task")
+    return pd.DataFrame(
+        {
+            "model": PAPER_MODEL,
+            "criterion": frame["method"].map(PAPER_CRITERIA),
+            "ratio": frame["ratio_pct"].astype(float) / 100,
+            "column": name,
+            "measure": measure,
+            "label": frame["metric"],
+            "unit": measure.map(UNITS),
+            "mean": frame["value"].astype(float),
+            "low": np.nan,
+            "high": np.nan,
+            "n_seeds": 1,
+            "n_items": np.nan,
+            "source": "paper",
+            "note": frame["note"].fillna(""),
+        }
+    )
+
+
+def ablation_table(criterion: Table, paper: Path | None = None) -> Table:
+    """Return the paper's Table 6 (task accuracy without tuning, by criterion and ratio) beside the measured values.
+
+    `criterion` is the result of `criterion_table`; only the averages and tasks with a published value are shown.
+    """
+    cells = _paper_cells(("T6",), paper)
+    dense = _paper_cells(("T1",), paper)
+    cells = pd.concat([dense[(dense["criterion"] == "dense") & dense["column"].isin(cells["column"])], cells])
+    long = criterion.long
+    wanted = long["measure"].eq("average") | (long["measure"].eq("task") & long["column"].isin(cells["column"]))
+    title = "Criterion ablation without tuning (paper's Table 6) beside the measured models"
+    return _beside_paper("ablation", title, cells, criterion, wanted)
+
+
+def fidelity_table(criterion: Table, paper: Path | None = None) -> Table:
+    """Return the paper's Table 7 (distance to the dense model's next-token distribution), extended, beside ours.
+
+    `criterion` is the result of `criterion_table`. The paper has JS distance and top-15 Jaccard on C4 only, and no
+    self-distillation.
+    """
+    wanted = criterion.long["measure"].isin(FIDELITY) & (criterion.long["criterion"] != "dense")
+    title = "Fidelity to the dense model (paper's Table 7, extended) beside the measured models"
+    return _beside_paper("fidelity", title, _paper_cells(("T7",), paper), criterion, wanted, DEFINITIONS)
+
+
+def _beside_paper(name: str, title: str, paper: pd.DataFrame, criterion: Table, wanted: pd.Series, *notes: str) -> Table:
+    measured = criterion.long[wanted]
+    rows = []
+    for model in measured["model"].unique() if len(measured) else [None]:
+        ours = measured[measured["model"] == model]
+        pairs = set(zip(ours["criterion"], ours["ratio"], strict=True)) | set(
+            zip(paper["criterion"], paper["ratio"], strict=True)
+        )
+        names = {c: text for c, text in zip(ours["column"], ours["label"], strict=True)}
+        order = _paper_order(list(names), list(paper["column"].unique()))
+        for key in sorted(pairs, key=lambda pair: (pair[1], in_order(p[0] for p in pairs).index(pair[0]))):
+            row = {"Model": model or ABSENT, "Ratio": percent(key[1]), "Criterion": label(key[0])}
+            remarks = []
+            for column in order:
+                if column in set(paper["column"]):
+                    theirs = _at(paper, key, column)
+                    heading = paper.loc[paper["column"] == column, "label"].iloc[0].replace("avg10", "average of 10")
+                    row[f"{heading}, paper: {PAPER_MODEL}"] = format_cell(theirs) if theirs else ABSENT
+                    remarks += [f"{heading}: {theirs['note']}"] if theirs and theirs["note"] else []
+                if column in names:
+                    cell = _at(ours, key, column)
+                    row[f"{names[column]}, measured"] = format_cell(cell) if cell else ABSENT
+            rows.append(row | {"Remark on the paper's value": "; ".join(remarks)})
+    notes = [
+        *notes,
+        f"Columns marked paper are published single-run values of {PAPER_MODEL} on the paper's own protocol; they "
+        "enter no mean and no interval. Columns marked measured are this study's.",
+    ]
+    if measured.empty:
+        notes.append("Nothing of this table was measured in this study.")
+    long = pd.concat([frame for frame in (measured, paper) if len(frame)], ignore_index=True)
+    display = pd.DataFrame(rows).fillna(ABSENT)
+    return Table(name, title, long, display, (*notes, *criterion.notes))
+
+
+def _paper_order(measured: list[str], paper: list[str]) -> list[str]:
+    """Return all column names, averages first, a published one before the measured ones of the same task or measure."""
+    order = sorted(measured, key=lambda name: not name.startswith("average"))
+    kinds = [name.partition(":")[0] for name in order]
+    for name in paper:
+        kind = name.partition(":")[0]
+        if name not in order:
+            place = kinds.index(kind) if kind in kinds else len(order)
+            order.insert(place, name)
+            kinds.insert(place, kind)
+    return order
+
+
+def _at(cells: pd.DataFrame, key: tuple[str, float], column: str) -> dict | None:
+    found = cells[(cells["criterion"] == key[0]) & np.isclose(cells["ratio"], key[1]) & (cells["column"] == column)]
+    return found.iloc[0].to_dict() if len(found) else None
+
+
+def paired_table(
+    results: Results,
+    criteria: tuple[str, ...] = CRITERIA,
+    n_resamples: int = statistics.N_RESAMPLES,
+    seed: int = 0,
+) -> Table:
+    """Return the differences A - B of the criteria by ratio, paired on the same items and calibration seeds.
+
+    Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is bootstrap-inverted over
+    seeds and items, `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` a
+    test on items averaged over these seeds (exact sign test on tasks, McNemar's for one seed; Wilcoxon on windows).
+    """
+    rows = []
+    for model in results.model_names:
+        of_model = results.models[(results.models["model"] == model) & results.models["criterion"].isin(criteria)]
+        compared = [c for c in columns(results, model) if c.measure in ("average", *LOWER_IS_BETTER)]
+        for column, ratio in itertools.product(compared, sorted(of_model["ratio"].unique())):
+            present = in_order(of_model.loc[of_model["ratio"] == ratio, "criterion"])
+            for b, a in itertools.combinations(present, 2):
+                sides = [sample(results, column, model, criterion, ratio) for criterion in (a, b)]
+                row = {"model": model, "ratio": ratio, "column": column.name, "measure": column.measure, "a": a, "b": b}
+                rows.append(row | _difference(*sides, column.measure, n_resamples, seed))
+    long = pd.DataFrame(rows, columns=PAIRED)
+    long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: statistics.holm(p)) if rows else []
+    long["verdict"] = [_verdict(row) for row in long.to_dict("records")]
+    long["source"] = "measured"
+    families = long.groupby(["model", "column"])["p"].count()
+    notes = [
+        "Differences A - B are paired on the same items and calibration seeds; interval and p from the hierarchical "
+        "bootstrap (p inverted from the replicates). Averages in points, perplexity as difference of log-perplexity in "
+        "nats per token, JS and KL in their own units; lower is better for all but averages.",
+        f"Holm's correction is over the {families.max() if len(families) else 0} comparisons (pairs x ratios) of one "
+        "measure on one model. The items p-value holds for these calibration seeds only: exact sign test on the items "
+        "of all tasks (McNemar's for one seed), Wilcoxon's signed-rank test on windows.",
+    ]
+    if long.empty:
+        notes.insert(0, "Fewer than two criteria were evaluated at the same ratio: nothing to compare.")
+    display = _paired_display(long, len(results.model_names) > 1)
+    title = "Paired differences between criteria (measured)"
+    return Table("paired", title, long, display, (*notes, *_family_notes(long), protocol_note(results)))
+
+
+def _difference(a: pd.DataFrame, b: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> dict:
+    unknown = {name: np.nan for name in ("mean", "low", "high", "p", "p_items")} | {"n_seeds": 0, "n_items": 0}
+    if a.empty or b.empty:
+        return unknown | {"note": "not measured"}
+    if not (np.isfinite(a["value"]).all() and np.isfinite(b["value"]).all()):
+        return unknown | {"note": "not finite"}
+    if not set(a["seed"]) & set(b["seed"]):
+        return unknown | {"note": "no common seed"}
+    difference = statistics.paired_difference(a, b, seed, n_resamples)
+    per_item = statistics.item_differences(a, b)
+    test = statistics.sign_test if measure == "average" else statistics.wilcoxon
+    return {
+        "mean": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "p": difference.p,
+        "p_items": test(per_item),
+        "n_seeds": difference.n_seeds,
+        "n_items": difference.n_items,
+        "note": difference.note,
+    }
+
+
+def _verdict(row: dict) -> str:
+    if pd.isna(row["low"]):
+        return "no interval"
+    if not (row["low"] > 0 or row["high"] < 0):
+        return "interval crosses zero"
+    better = "b" if (row["mean"] > 0) == (row["measure"] in LOWER_IS_BETTER) else "a"
+    return f"{label(row[better])} better" + (", not after Holm" if row["p_holm"] >= 1 - statistics.LEVEL else "")
+
+
+def _paired_display(long: pd.DataFrame, several_models: bool) -> pd.DataFrame:
+    rows = [
+        {
+            "Model": row["model"],
+            "Measure": measure_label(row["column"], row["measure"]),
+            "Ratio": percent(row["ratio"]),
+            "A - B": f"{label(row['a'])} - {label(row['b'])}",
+            "Difference": _format_difference(row),
+            "p": format_p(row["p"]),
+            "p (Holm)": format_p(row["p_holm"]),
+            "p (items)": format_p(row["p_items"]),
+            "Seeds": str(row["n_seeds"]),
+            "Items": str(row["n_items"]),
+            "Verdict": row["verdict"],
+        }
+        for row in long.to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=PAIRED_DISPLAY).drop(columns=[] if several_models else ["Model"])
+
+
+def measure_label(column: str, measure: str) -> str:
+    """Return a compared column's name for readers, with its unit: "log-perplexity c4, nats per token"."""
+    corpus = column.partition(":")[2]
+    if measure == "average":
+        return "average without CrowS-Pairs, points" if column != "average" else "average of tasks, points"
+    return f"log-perplexity {corpus}, nats per token" if measure == "perplexity" else f"{MEASURES[measure]} {corpus}"
+
+
+def _format_difference(row: dict) -> str:
+    if pd.isna(row["mean"]):
+        return row["note"] or ABSENT
+    digits = 1 if row["measure"] == "average" else 3
+    text = f"{row['mean']:+.{digits}f}"
+    return text if pd.isna(row["low"]) else f"{text} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+
+
+def format_p(p: float) -> str:
+    """Return a p-value with three decimals, "< 0.001" below."""
+    return ABSENT if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _family_notes(long: pd.DataFrame) -> list[str]:
+    notes = long.loc[long["note"].str.contains("left out|common", na=False), "note"]
+    return [f"Some comparisons: {note}." for note in notes.unique()]
+
+
+def findings(criterion: Table, paired: Table, paper: Path | None = None) -> list[str]:
+    """Return what the study found as sentences, each generated from `criterion_table` and `paired_table`.
+
+    No sentence calls one criterion better unless the paired interval excludes zero, also after Holm's correction.
+    """
+    sentences = []
+    for model in criterion.long["model"].unique():
+        cells = criterion.long[(criterion.long["model"] == model) & criterion.long["mean"].notna()]
+        for measure in ("average", "perplexity"):
+            shown = cells[cells["measure"] == measure]
+            # The first average holds all tasks; the first corpus stands for perplexity, the table has the others.
+            sentences += _level_sentences(model, shown[shown["column"] == shown["column"].min()])
+        differences = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
+        sentences += [_pair_sentence(model, a, b, part) for (a, b), part in differences.groupby(["a", "b"], sort=False)]
+    average = paired.long[(paired.long["column"] == "average") & paired.long["low"].notna()]
+    return sentences + _paper_sentences(average, _paper_cells(("T6",), paper))
+
+
+def _level_sentences(model: str, cells: pd.DataFrame) -> list[str]:
+    if cells.empty:
+        return []
+    column, measure = cells[["column", "measure"]].iloc[0]
+    corpus = column.partition(":")[2]
+    name = f"{MEASURES[measure]} on {corpus}" if corpus else MEASURES[measure]
+    unit = " %" if UNITS[measure] == "%" else ""
+    dense = cells[cells["criterion"] == "dense"].to_dict("records")
+    against = f" (dense {format_cell(dense[0])}{unit})" if dense else ""
+    return [
+        f"{model}, {percent(ratio)} of all parameters removed: {name} is "
+        + ", ".join(f"{format_cell(cell)}{unit} for {label(cell['criterion'])}" for cell in part.to_dict("records"))
+        + f"{against}."
+        for ratio, part in cells[cells["criterion"] != "dense"].groupby("ratio")
+    ]
+
+
+def _pair_sentence(model: str, a: str, b: str, differences: pd.DataFrame) -> str:
+    """Return one sentence on a pair of criteria: where which one is better, where the data leave it open."""
+    verdicts = differences["verdict"].where(differences["verdict"].str.endswith(" better"), "undecided")
+    parts = []
+    for verdict in sorted(verdicts.unique(), key=lambda text: text == "undecided"):
+        rows = differences[verdicts == verdict]
+        where = [
+            f"{MEASURES[measure]}{' on ' * bool(corpus)}{corpus} at {', '.join(map(percent, part['ratio']))}"
+            for (column, measure), part in rows.groupby(["column", "measure"], sort=False)
+            for corpus in [column.partition(":")[2]]
+        ]
+        parts.append(f"{verdict} in {'; '.join(where)}")
+    return f"{model}, {label(a)} against {label(b)}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _paper_sentences(average: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
+    sentences = []
+    theirs = paper[paper["column"] == "average"].set_index(["ratio", "criterion"])["mean"]
+    for row in average.to_dict("records"):
+        sides = [(row["ratio"], row[side]) for side in ("a", "b")]
+        if all(side in theirs.index for side in sides):
+            gap = theirs[sides[0]] - theirs[sides[1]]
+            inside = "inside" if row["low"] <= gap <= row["high"] else "outside"
+            sentences.append(
+                f"The paper ({PAPER_MODEL}, one run) prints {gap:+.1f} points for {label(row['a'])} minus "
+                f"{label(row['b'])} at {percent(row['ratio'])}; measured on {row['model']}: {_format_difference(row)}, "
+                f"so the published gap lies {inside} our interval."
+            )
+    return sentences

@@ -1,0 +1,1 @@
+"""Addressed artifacts, stages and studies; knows notebooks, not what they do inside."""

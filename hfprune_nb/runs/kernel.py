@@ -1,0 +1,111 @@
+"""One notebook, one kernel: papermill on this very interpreter, nothing shared with kernels that run beside it."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from hfprune_nb import paths
+
+
+def run(
+    notebook: Path,
+    output: Path,
+    parameters: dict,
+    environment: dict[str, str] | None = None,
+    timeout_seconds: float | None = None,
+) -> None:
+    """Execute `notebook` with parameters that the caller has checked and save it, outputs included, as `output`.
+
+    `environment` is added to the kernel's. Raises TimeoutError when the kernel was killed after `timeout_seconds`, else
+    whatever papermill raises.
+    """
+    import papermill
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory(prefix="hf") as private, _watchdog(timeout_seconds) as timed_out:
+        config = Config()
+        if os.name == "posix":
+            # TCP kernels are unencrypted and race for ports. A socket's path holds about 100 characters: keep it short.
+            config.ConnectionFileMixin.transport = "ipc"
+            config.ConnectionFileMixin.connection_file = f"{private}/k.json"
+        with _environment(_isolation(Path(private)) | (environment or {})):
+            try:
+                papermill.execute_notebook(
+                    notebook,
+                    output,
+                    parameters,
+                    kernel_name="python3",
+                    cwd=Path(notebook).parent,
+                    progress_bar=False,
+                    config=config,
+                    shutdown_kernel="immediate",
+                )
+            except Exception as error:
+                if timed_out.is_set():
+                    minutes = f"{timeout_seconds / 60:g} minutes"
+                    raise TimeoutError(f"stopped after {minutes}: raise run.timeout_minutes") from error
+                raise
+
+
+def kill_children(process: int | None = None) -> None:
+    """Kill every process that descends from `process` (its id; default: this one)."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def _isolation(private: Path) -> dict[str, str]:
+    """Return the environment that binds a kernel to this interpreter, this package, these folders and private ones."""
+    specification = private / "kernels" / "python3" / "kernel.json"
+    specification.parent.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    specification.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    package = str(Path(__file__).resolve().parents[2])
+    return {
+        "IPYTHONDIR": str(private / "ipython"),
+        "JUPYTER_PATH": str(private),
+        "JUPYTER_RUNTIME_DIR": str(private),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+        "HFPRUNE_HOME": str(paths.project()),
+        "HFPRUNE_RESULTS": str(paths.results()),
+        "HFPRUNE_CACHE": str(paths.cache()),
+        "HFPRUNE_PROGRESS": "log",
+    }
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]):
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _watchdog(seconds: float | None):
+    """Kill the kernel and what it started after `seconds`; yields an event that tells whether that happened."""
+    fired = threading.Event()
+
+    def stop():
+        fired.set()
+        kill_children()
+
+    timer = threading.Timer(seconds or 0, stop)
+    if seconds:
+        timer.start()
+    try:
+        yield fired
+    finally:
+        timer.cancel()

@@ -1,0 +1,81 @@
+"""What a reader of a study sees without running it: tables, figures, one notebook of each kind, and an index page."""
+
+import contextlib
+import html
+import shutil
+from pathlib import Path
+
+from hfprune_nb.runs.artifacts import Artifact, read_json, write_json
+from hfprune_nb.runs.stage import STAGES
+
+
+def files(folder: Path, kind: str, suffix: str) -> list[Path]:
+    """Return the published files of a study's `folder` in `kind` that end in `suffix`, sorted by name."""
+    return sorted(path for path in (folder / kind).glob(f"*{suffix}") if path.is_file() and path.suffix != ".ipynb")
+
+
+def publish(study, cells) -> None:
+    """Copy the tables and figures of the last of the finished `cells` and render one notebook of each kind.
+
+    Does nothing when exactly this is published already.
+    """
+    folder = study.folder
+    artifacts = {cell.reference: Artifact(folder / cell.reference) for cell in cells}
+    cards = {reference: artifact.card | {"digest": artifact.digest} for reference, artifact in artifacts.items()}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        same_study = (folder / "study.yaml").read_bytes() == study.path.read_bytes()
+        if same_study and (folder / "index.html").is_file() and read_json(folder / "cards.json") == cards:
+            return
+    for kind in ("tables", "figures"):
+        (folder / kind).mkdir(exist_ok=True)
+        for outdated in files(folder, kind, ""):
+            outdated.unlink()
+        for path in sorted(artifacts[cells[-1].reference].path(kind).glob("*")):
+            shutil.copyfile(path, folder / kind / path.name)
+    shown = _representatives(study, cells)
+    _render(folder / "notebooks", {name: artifacts[cell.reference] for name, cell in shown.items()})
+    shutil.copyfile(study.path, folder / "study.yaml")
+    (folder / "index.html").write_text(_index(study), encoding="utf-8")
+    write_json(folder / "cards.json", cards)
+
+
+def _representatives(study, cells) -> dict:
+    """Return one cell by notebook name: the first, or after pruning the entropy criterion at the middle ratio."""
+    ratios = sorted(study.ratios or study.neuron_ratios)
+    middle = f"{ratios[len(ratios) // 2]:.4g}"
+    chosen, typical = {}, set()
+    for cell in cells:
+        name = Path(STAGES[cell.stage].notebook).stem
+        if cell.place.get("criterion") == "dense":
+            name += "_dense"
+        is_typical = cell.place.get("criterion") == "entropy" and middle in cell.place.values()
+        if name not in chosen or (is_typical and name not in typical):
+            chosen[name] = cell
+        if is_typical:
+            typical.add(name)
+    return dict(sorted(chosen.items()))
+
+
+def _render(folder: Path, artifacts: dict[str, Artifact]) -> None:
+    from nbconvert import HTMLExporter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    exporter = HTMLExporter(template_name="classic")
+    for name, artifact in artifacts.items():
+        page, _ = exporter.from_filename(str(artifact.path("notebook.ipynb")), {"metadata": {"name": name}})
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+
+
+def _index(study) -> str:
+    """Return a small page that links everything published."""
+    name, description = html.escape(study.name), html.escape(study.description)
+    parts = [f"<h1>Study {name}</h1><p>{description}</p>"]
+    for kind, suffix in (("tables", ".html"), ("figures", ".png"), ("notebooks", ".html")):
+        links = [f'<li><a href="{kind}/{path.name}">{path.stem}</a></li>' for path in files(study.folder, kind, suffix)]
+        parts.append(f"<h2>{kind.capitalize()}</h2><ul>{''.join(links)}</ul>")
+    facts = [f'<li><a href="{file}">{file}</a></li>' for file in ("study.yaml", "cards.json", "run.log")]
+    parts.append(f"<h2>How it was made</h2><ul>{''.join(facts)}</ul>")
+    style = "<style>body{font:1rem sans-serif;margin:2rem}</style>"
+    head = f'<meta charset="utf-8"><title>HFPrune study {name}</title>{style}'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"

@@ -1,0 +1,444 @@
+"""Stages: one notebook each, checked before it starts, addressed by its parameters, executed by papermill.
+
+A notebook calls `start` right after its parameters cell. That cell is the single source of names, types and defaults:
+notebooks, command line and study file are checked against it, because papermill only warns about a misspelt name.
+"""
+
+import ast
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from hfprune_nb import paths
+from hfprune_nb.errors import UserError
+from hfprune_nb.runs import kernel
+from hfprune_nb.runs.artifacts import Artifact, Writer, address, finished, open_artifact, read_json
+
+EVERYTHING = "*"
+
+
+class StageError(RuntimeError):
+    """A stage's notebook failed; the message is its last line of traceback in one sentence."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A parameter that names an artifact of another stage, as `stage/key` or as that artifact's folder.
+
+    Left empty, the artifact is made with the other notebook's defaults and the parameters named in `passes`
+    (`EVERYTHING`: all of them); an `optional` input stays empty; an input that `follows` another one is needed exactly
+    when that one is given; `many` is a list, and empty means every finished artifact of the stage.
+    """
+
+    stage: str
+    passes: tuple[str, ...] = ()
+    optional: bool = False
+    follows: str = ""
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the study: its notebook, and the parameters of the notebook that are artifacts of earlier stages."""
+
+    name: str
+    notebook: str
+    inputs: dict[str, Input] = field(default_factory=dict)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("calibration", "01_calibration.ipynb"),
+        Stage("scoring", "02_scoring.ipynb", {"calibration": Input("calibration", passes=("model", "seed"))}),
+        Stage("pruning", "03_pruning.ipynb", {"scores": Input("scoring", passes=("model", "seed", "device"))}),
+        Stage(
+            "evaluation",
+            "05_evaluation.ipynb",
+            {
+                "pruned": Input("pruning", optional=True),
+                "reference": Input("evaluation", passes=(EVERYTHING,), follows="pruned"),
+            },
+        ),
+        Stage(
+            "figures",
+            "06_figures.ipynb",
+            {
+                "evaluations": Input("evaluation", many=True),
+                "scorings": Input("scoring", many=True),
+                "prunings": Input("pruning", many=True),
+            },
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: name, default, and type as an annotation such as `list[str]`."""
+
+    name: str
+    default: object
+    type: str
+
+
+def suggest(name: str, valid) -> str:
+    """Return the end of a sentence about an unknown name: the nearest valid one, or all of them when none is near."""
+    near = difflib.get_close_matches(name, [str(choice) for choice in valid], n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(map(str, valid)))}"
+
+
+def notebook_path(stage: str) -> Path:
+    """Return the notebook of a stage; raises UserError for an unknown stage or a missing notebook."""
+    if stage not in STAGES:
+        raise UserError(f"unknown stage {stage!r}: {suggest(stage, STAGES)}")
+    path = paths.notebooks() / STAGES[stage].notebook
+    if not path.is_file():
+        raise UserError(f"notebook {path} is missing: set HFPRUNE_HOME to the folder of the kit")
+    return path
+
+
+def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
+    """Return the parameters of a notebook by name, in the order of its parameters cell.
+
+    Raises UserError when there is no such cell, or when it holds anything but literals: papermill injects its values
+    after this cell, so whatever were computed here would keep the old default.
+    """
+    return _read_parameters(Path(notebook), Path(notebook).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_parameters(notebook: Path, modified: int) -> dict[str, Parameter]:
+    # Read without papermill, whose import alone would take longer than a finished study needs to say so.
+    cells = [cell for cell in read_json(notebook)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
+    if not cells:
+        raise UserError(f"{notebook.name} has no cell tagged 'parameters': tag its first code cell")
+    parameters = {}
+    for line in ast.parse("".join(cells[0]["source"])).body:
+        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+        try:
+            default = ast.literal_eval(line.value)
+            name = target.id
+        except (AttributeError, ValueError):
+            raise UserError(
+                f"the parameters cell of {notebook.name} may only hold `name = literal`, not `{ast.unparse(line)}`: "
+                "compute it in the next cell"
+            ) from None
+        annotation = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else ""
+        parameters[name] = Parameter(name, default, _type(annotation, default))
+    return parameters
+
+
+def check_parameters(notebook: Path, parameters: dict) -> dict:
+    """Return `parameters` with whole numbers made floats where the notebook has floats.
+
+    Raises UserError for a name that the notebook does not have, with the nearest valid one, and for a wrong type.
+    """
+    known = notebook_parameters(notebook)
+    _refuse_unknown(parameters, notebook)
+    checked = {}
+    for name, value in parameters.items():
+        kind = known[name].type
+        try:
+            checked[name] = _convert(value, ast.parse(kind, mode="eval").body)
+        except TypeError:
+            given = f"{type(value).__name__} {value!r}"
+            raise UserError(f"parameter {name!r} of {Path(notebook).name} must be {kind}, not {given}") from None
+    return checked
+
+
+def complete(stage: str, parameters: dict) -> dict:
+    """Return all parameters of a stage except `study`: the given ones checked, the others at their defaults."""
+    notebook = notebook_path(stage)
+    values = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()}
+    values |= check_parameters(notebook, parameters)
+    values.pop("study", None)
+    for name, given in STAGES[stage].inputs.items():
+        if given.many:
+            values[name] = sorted(values[name])
+    return values
+
+
+def study_folder(study: str) -> Path:
+    """Return the results folder of a study; raises UserError for a name that is not a plain folder name."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", study):
+        raise UserError(f"study {study!r} is not a plain name: use letters, digits, '-', '_' and '.'")
+    return paths.results() / study
+
+
+def start(stage: str, study: str, /, **parameters) -> "Run":
+    """Begin or find the run of a stage with exactly these parameters, which must be all of the notebook's own.
+
+    Missing inputs are made first, by executing their notebooks. Raises UserError for a misspelt, missing or mistyped
+    parameter and for an input that is unfinished, damaged, of another stage or outside the study's folder; StageError
+    when the notebook of an input fails.
+    """
+    notebook = notebook_path(stage)
+    _refuse_unknown(_injected_names(), notebook)
+    if missing := sorted(notebook_parameters(notebook).keys() - parameters.keys() - {"study"}):
+        raise UserError(f"stage.start({stage!r}, ...) lacks parameters of {notebook.name}: {', '.join(missing)}")
+    values = _resolve(stage, study, complete(stage, parameters))
+    folder = study_folder(study)
+    inputs = {}
+    for name, given in STAGES[stage].inputs.items():
+        opened = [open_artifact(folder / reference) for reference in _references(values[name])]
+        inputs[name] = opened if given.many else (opened or [None])[0]
+    return Run(stage, study, values, inputs)
+
+
+class Run:
+    """One run of a stage, as its notebook sees it.
+
+    `done`: nothing needs computing and `path` leads to the finished files; otherwise write to `path(NAME)` and call
+    `finish(...)` last, for until then nothing counts. `inputs`: name -> Artifact, list of them, or None where empty.
+    """
+
+    def __init__(self, stage: str, study: str, parameters: dict, inputs: dict):
+        self.stage, self.study, self.parameters, self.inputs = stage, study, parameters, inputs
+        self.artifact = Artifact(study_folder(study) / stage / address(stage, parameters))
+        self.done = self.artifact.current
+        self._writer = None if self.done else Writer(self.artifact.folder)
+        self._started = datetime.now(UTC)
+
+    @property
+    def folder(self) -> Path:
+        """The artifact's folder, or while it is being made the partial one."""
+        return self.artifact.folder if self.done else self._writer.partial
+
+    def path(self, name: str) -> Path:
+        """Return where the file `name` lies, or where to write it while the run is not done."""
+        return self.artifact.path(name) if self.done else self._writer.path(name)
+
+    def finish(self, **facts) -> Artifact:
+        """Seal the artifact with `facts` (device, dtype, tokens, ...) in its card; does nothing when the run was done.
+
+        Raises UserError when no file was written or the disk is full.
+        """
+        if not self.done:
+            used = [used for given in self.inputs.values() for used in (given if isinstance(given, list) else [given])]
+            inputs = {artifact.reference: artifact.digest for artifact in used if artifact}
+            self._writer.finish(self.parameters, inputs, self._card(facts))
+            self.done = True
+        return self.artifact
+
+    def describe(self) -> str:
+        """Return one line: reference, state, and the parameters that are short."""
+        shown = [f"{name} {value}" for name, value in self.parameters.items() if value and not isinstance(value, list)]
+        return f"{self.artifact.reference} ({'done' if self.done else 'to be computed'}): {', '.join(shown)}"
+
+    def _card(self, facts: dict) -> dict:
+        ended = datetime.now(UTC)
+        return {
+            "stage": self.stage,
+            "key": self.artifact.key,
+            "parameters": self.parameters,
+            "facts": facts,
+            "started": self._started.isoformat(timespec="seconds"),
+            "finished": ended.isoformat(timespec="seconds"),
+            "seconds": round((ended - self._started).total_seconds(), 3),
+            "peak_memory_bytes": _peak_memory(),
+            **_surroundings(),
+        }
+
+
+def execute(
+    stage: str,
+    study: str,
+    parameters: dict,
+    environment: dict[str, str] | None = None,
+    timeout_seconds: float | None = None,
+) -> Artifact:
+    """Run a stage's notebook in a kernel of its own and return the artifact it made, the executed notebook inside.
+
+    While it runs the notebook is `<stage>/<key>.running.ipynb`; after a failure `<stage>/<key>.failed.ipynb`, with its
+    traceback. `environment` is added to the kernel's; a kernel is killed after `timeout_seconds`. Raises UserError for
+    bad parameters, StageError for a failure.
+    """
+    values = _resolve(stage, study, complete(stage, parameters))
+    artifact = Artifact(study_folder(study) / stage / address(stage, values))
+    artifact.folder.parent.mkdir(parents=True, exist_ok=True)
+    running = artifact.folder.with_name(f"{artifact.key}.running.ipynb")
+    failed = failed_notebook(artifact)
+    try:
+        kernel.run(notebook_path(stage), running, {"study": study, **values}, environment, timeout_seconds)
+        if not artifact.current:
+            raise StageError("the notebook ended without run.finish(): call it in the last step")
+    except Exception as error:
+        sentence = sentence_of(error)
+        if "No space left" in sentence:
+            shutil.rmtree(Writer(artifact.folder).partial, ignore_errors=True)
+        _keep_failure(running, failed, sentence)
+        raise StageError(sentence) from error
+    except BaseException:
+        running.unlink(missing_ok=True)
+        raise
+    os.replace(running, artifact.path("notebook.ipynb"))
+    failed.unlink(missing_ok=True)
+    return artifact
+
+
+def ancestor(artifact: Artifact, stage: str) -> Artifact | None:
+    """Return the artifact of `stage` from which `artifact` was made, however many steps ago, or None."""
+    for reference in artifact.inputs:
+        given = Artifact(artifact.folder.parent.parent / reference)
+        if found := given if reference.startswith(f"{stage}/") else ancestor(given, stage):
+            return found
+    return None
+
+
+def failed_notebook(artifact: Artifact) -> Path:
+    """Return where the notebook of a failed run of this artifact is kept."""
+    return artifact.folder.with_name(f"{artifact.key}.failed.ipynb")
+
+
+def sentence_of(error: Exception) -> str:
+    """Return an error in one sentence: as it stands if it was written for the user, else with its type in front."""
+    name, message = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
+    if name == "DeadKernelError":
+        return "the kernel died, most likely for lack of memory"
+    first = message.splitlines()[0] if message else ""
+    return first if name in ("UserError", "StageError", "TimeoutError") else f"{name}: {first}"
+
+
+def _refuse_unknown(names, notebook: Path) -> None:
+    known = notebook_parameters(notebook)
+    for name in names:
+        if name not in known:
+            raise UserError(f"{Path(notebook).name} has no parameter {name!r}: {suggest(name, known)}")
+
+
+def _type(annotation: str, default) -> str:
+    if annotation not in ("", "list"):
+        return annotation
+    if isinstance(default, list):
+        kinds = {type(item).__name__ for item in default}
+        return f"list[{kinds.pop()}]" if len(kinds) == 1 else "list"
+    return "any" if default is None else type(default).__name__
+
+
+def _convert(value, kind: ast.expr):
+    plain = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+    match kind:
+        case ast.BinOp(left=left, right=right):
+            with contextlib.suppress(TypeError):
+                return _convert(value, left)
+            return _convert(value, right)
+        case ast.Subscript(value=ast.Name(id="list"), slice=item) if isinstance(value, list):
+            return [_convert(element, item) for element in value]
+        case ast.Subscript(value=outer):
+            return _convert(value, outer)
+        case ast.Name(id="float") if type(value) is int:
+            return float(value)
+        case ast.Constant(value=None) if value is None:
+            return value
+        case ast.Name(id=name) if name not in plain or type(value) is plain[name]:
+            return value
+    raise TypeError
+
+
+def _references(value) -> list[str]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _resolve(stage: str, study: str, values: dict) -> dict:
+    """Return `values` with every input as `stage/key`; artifacts that are left empty are found or made."""
+    folder = study_folder(study)
+    resolved = dict(values)
+    for name, given in STAGES[stage].inputs.items():
+        if values[name]:
+            if given.follows and not resolved[given.follows]:
+                raise UserError(f"parameter {name!r} of {stage} goes with {given.follows!r} only: leave it empty")
+            references = sorted(_reference(name, given.stage, value, folder) for value in _references(values[name]))
+            resolved[name] = references if given.many else references[0]
+        elif given.many:
+            resolved[name] = [artifact.reference for artifact in finished(folder, given.stage)]
+        elif not given.optional and not (given.follows and not resolved[given.follows]):
+            resolved[name] = _make_input(given, study, values, STAGES[stage].inputs)
+    return resolved
+
+
+def _reference(name: str, stage: str, value: str, folder: Path) -> str:
+    # Only artifacts of this study can be inputs: a reference then means the same on every machine that holds the study.
+    path = Path(value).expanduser().resolve()
+    reference = f"{path.parent.name}/{path.name}" if path.parent.parent == folder else value
+    if not re.fullmatch(r"\w+/[0-9a-f]{16}", reference):
+        raise UserError(f"{name}={value!r} is neither 'stage/key' nor a folder in {folder}: set study to its study")
+    if not reference.startswith(f"{stage}/"):
+        raise UserError(f"{name}={value!r} must be an artifact of the stage {stage!r}")
+    return reference
+
+
+def _make_input(given: Input, study: str, values: dict, own_inputs: dict) -> str:
+    passed = [name for name in values if name not in own_inputs] if EVERYTHING in given.passes else given.passes
+    upstream = complete(given.stage, {name: values[name] for name in passed if name in values})
+    upstream = _resolve(given.stage, study, upstream)
+    artifact = Artifact(study_folder(study) / given.stage / address(given.stage, upstream))
+    return artifact.reference if artifact.current else execute(given.stage, study, upstream).reference
+
+
+def _injected_names() -> set[str]:
+    """Return the names that papermill assigned in this kernel: its own command line lets misspelt ones pass."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    sources = shell.user_ns.get("In", []) if shell else []
+    injected = [line for source in sources if source.startswith("# Parameters\n") for line in ast.parse(source).body]
+    return {line.targets[0].id for line in injected if isinstance(line, ast.Assign)}
+
+
+def _keep_failure(running: Path, failed: Path, sentence: str) -> None:
+    import nbformat
+
+    notebook = nbformat.read(running, 4) if running.is_file() else nbformat.v4.new_notebook()
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Failed:** {sentence}"))
+    notebook.metadata["hfprune"] = {"error": sentence}
+    nbformat.write(notebook, failed)
+    running.unlink(missing_ok=True)
+
+
+def _peak_memory() -> int | None:
+    if os.name != "posix":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    torch = sys.modules.get("torch")
+    return host + torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else host
+
+
+def _surroundings() -> dict:
+    """Return versions, machine and commit."""
+    versions = {}
+    for package in ("torch", "transformers", "datasets", "lm_eval", "numpy", "hfprune_nb"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    torch = sys.modules.get("torch")
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "git": _git(),
+    }
+
+
+def _git() -> dict:
+    def ask(*command):
+        answer = subprocess.run(["git", "-C", paths.project(), *command], capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "--verify", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}

@@ -1,0 +1,227 @@
+"""Windows come from real places of real documents, the same every time, and never from both splits."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hfprune_nb import calibration
+from hfprune_nb.errors import UserError
+
+CORPUS = "data/smoke/corpus.txt"
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def silent(*_, **__):
+    raise ConnectionError("no route")
+
+
+@pytest.fixture(autouse=True)
+def project_without_hub(monkeypatch):
+    monkeypatch.setenv("HFPRUNE_HOME", str(PROJECT))
+    monkeypatch.setattr(datasets, "load_dataset", silent)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", silent)
+
+
+def byte_tokenizer(**special):
+    """One token per byte, so that a document's length in tokens is known and decoding is exact."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: rank for rank, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer(bos_token="<s>")
+
+
+def windows(tokenizer, corpus=CORPUS, n_windows=20, seq_len=64, seed=0, **settings):
+    return calibration.windows(tokenizer, str(corpus), n_windows, seq_len, seed, progress=False, **settings)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_each_window_is_a_stretch_of_its_own_document(tokenizer, bos):
+    texts = {calibration.document_hash(text): text for text in calibration.documents(CORPUS)}
+    found = windows(tokenizer, bos=bos)
+    assert found.ids.shape == (20, 64) and found.ids.dtype == np.int64
+    assert len(set(found.document_hashes)) == 20
+    for ids, digest, start, length in zip(found.ids, found.document_hashes, found.starts, found.document_lengths, strict=True):
+        whole = texts[digest].encode()
+        assert length == len(whole)
+        assert (ids[0] == tokenizer.bos_token_id) == bos
+        assert tokenizer.decode(ids[bos:]).encode() == whole[start : start + 64 - bos]
+
+
+def test_same_arguments_same_bytes(tokenizer, tmp_path):
+    for name in ("one", "two"):
+        windows(tokenizer).save(tmp_path / name)
+    for file in ("windows.safetensors", "windows.parquet"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_another_seed_another_choice(tokenizer):
+    one, two = windows(tokenizer), windows(tokenizer, seed=1)
+    assert one.document_hashes != two.document_hashes and one.starts != two.starts
+
+
+def test_more_windows_begin_with_the_fewer(tokenizer):
+    np.testing.assert_array_equal(windows(tokenizer, n_windows=30).ids[:20], windows(tokenizer).ids)
+
+
+def test_starts_reach_both_ends(tokenizer, tmp_path):
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": f"{n:03d}567"}) + "\n" for n in range(400)))
+    found = windows(tokenizer, tmp_path / "corpus.jsonl", n_windows=200, seq_len=4)
+    assert set(found.starts) == {0, 1, 2}
+
+
+def test_saved_windows_come_back(tokenizer, tmp_path):
+    found = windows(tokenizer)
+    found.save(tmp_path)
+    again = calibration.Windows.load(tmp_path)
+    np.testing.assert_array_equal(again.ids, found.ids)
+    pd.testing.assert_frame_equal(again.table(), found.table())
+
+
+def test_truncated_windows_are_refused(tokenizer, tmp_path):
+    windows(tokenizer).save(tmp_path)
+    file = tmp_path / "windows.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="missing or damaged: delete that folder and rerun"):
+        calibration.Windows.load(tmp_path)
+
+
+def test_splits_are_disjoint_and_complete(tokenizer):
+    splits = [set(map(calibration.document_hash, calibration.documents(CORPUS, split))) for split in calibration.SPLITS]
+    assert not splits[0] & splits[1]
+    assert len(splits[0] | splits[1]) == 120 and len(splits[1]) >= 5
+    calibration.check_overlap(windows(tokenizer), windows(tokenizer, n_windows=5, split="evaluation"))
+
+
+def test_overlap_is_counted(tokenizer):
+    found = windows(tokenizer)
+    with pytest.raises(UserError, match="share 20 documents"):
+        calibration.check_overlap(found, found)
+
+
+def test_a_hash_ignores_white_space_only():
+    assert calibration.document_hash("a  b\n") == calibration.document_hash(" a b")
+    assert calibration.document_hash("a b") != calibration.document_hash("ab")
+
+
+def test_a_repeated_document_counts_once(tokenizer, tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n\n".join(["the same text again"] * 5 + ["some other text here", "third one, longer"]))
+    with pytest.raises(UserError, match="has [123] documents of at least 8 tokens, fewer than n_windows=7"):
+        windows(tokenizer, tmp_path / "corpus.txt", n_windows=7, seq_len=8)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_every_file_format_gives_the_same_windows(tokenizer, tmp_path, suffix):
+    texts = (PROJECT / CORPUS).read_text().strip().split("\n\n")
+    table = pd.DataFrame({"id": range(len(texts)), "body": texts})
+    file = tmp_path / f"corpus.{suffix}"
+    if suffix == "parquet":
+        table.to_parquet(file)
+    else:
+        table.to_json(file, orient="records", lines=suffix == "jsonl")
+    found = windows(tokenizer, file, text_column="body")
+    np.testing.assert_array_equal(found.ids, windows(tokenizer).ids)
+    with pytest.raises(UserError, match="no column 'text': set text_column to one of id, body"):
+        windows(tokenizer, file)
+
+
+def test_lines_are_documents_without_blank_lines(tmp_path):
+    (tmp_path / "lines.txt").write_text("\n".join(f"line {n}" for n in range(50)))
+    texts = [text for split in calibration.SPLITS for text in calibration.documents(str(tmp_path / "lines.txt"), split)]
+    assert sorted(texts) == sorted(f"line {n}" for n in range(50))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"seq_len": 5_000},
+            "seq_len=5000 is longer than every document of corpus .* has [0-9]+ tokens: lower seq_len",
+        ),
+        ({"n_windows": 500}, "documents of at least 64 tokens, fewer than n_windows=500: lower n_windows or seq_len"),
+        ({"corpus": "data/smoke/none.txt"}, "corpus file data/smoke/none.txt does not exist"),
+        ({"corpus": "c5"}, "corpus 'c5' is neither c4-sample, wikitext nor a local file, and the hub did not give it"),
+        ({"corpus": "c4"}, "the hub did not give it"),
+        ({"n_windows": 0}, "n_windows=0 is too small"),
+        ({"seq_len": 1}, "seq_len=1 is too small"),
+        ({"seed": -1}, "seed=-1 is too small"),
+        ({"split": "test"}, "split='test' is unknown: choose one of calibration, evaluation"),
+    ],
+)
+def test_bad_input_gets_one_sentence(tokenizer, settings, message):
+    with pytest.raises(UserError, match=message):
+        windows(tokenizer, **settings)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "splits", "asked"),
+    [
+        ("c4", ["train"], [("allenai/c4", "en", "train"), ("allenai/c4", "en", "validation")]),
+        ("owner/name", ["train", "test"], [("owner/name", None, "train"), ("owner/name", None, "test")]),
+        ("owner/name:small", ["train"], [("owner/name", "small", "train")] * 2),
+    ],
+)
+def test_hub_corpora_are_streamed_shuffled_and_held_out(tokenizer, monkeypatch, corpus, splits, asked):
+    calls = []
+
+    def load(name, configuration, split, streaming):
+        calls.append((name, configuration, split))
+        return datasets.Dataset.from_list([{"text": f"{split} {n}"} for n in range(200)]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: splits)
+    texts = [list(calibration.documents(corpus, split, seed=3)) for split in calibration.SPLITS]
+    assert calls == asked
+    assert not set(texts[0]) & set(texts[1]) and all(texts)
+    assert texts[0] == list(calibration.documents(corpus, seed=3)) != list(calibration.documents(corpus, seed=4))
+    with pytest.raises(UserError, match="no column 'body': set text_column to one of text"):
+        windows(tokenizer, "owner/name", text_column="body")
+
+
+@pytest.mark.parametrize("content", ["", " \n\n \n"])
+def test_an_empty_corpus_is_refused(tokenizer, tmp_path, content):
+    (tmp_path / "empty.txt").write_text(content)
+    with pytest.raises(UserError, match="is empty"):
+        windows(tokenizer, tmp_path / "empty.txt")
+
+
+def test_a_broken_file_is_refused(tokenizer, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(UserError, match="not readable as jsonl"):
+        windows(tokenizer, tmp_path / "broken.jsonl")
+
+
+def test_bos_needs_a_bos_token():
+    with pytest.raises(UserError, match="set bos=False"):
+        windows(byte_tokenizer(), bos=True)
+
+
+def test_token_statistics_count_every_token(tokenizer):
+    found = windows(tokenizer)
+    table = calibration.token_statistics(found, tokenizer)
+    assert table["count"].sum() == found.ids.size and table["count"].is_monotonic_decreasing
+    assert table["token"][0] == " " and table["cumulative_share"].iloc[-1] == pytest.approx(1)
+    assert table["count"][0] == (found.ids == table["id"][0]).sum()
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize(
+    ("corpus", "counts"),
+    [("c4-sample", {"calibration": 585, "evaluation": 299}), ("wikitext", {"calibration": 629, "evaluation": 62})],
+)
+def test_downloaded_corpora_are_whole_and_apart(registry, corpus, counts):
+    texts = {split: list(calibration.documents(corpus, split)) for split in calibration.SPLITS}
+    assert {split: len(found) for split, found in texts.items()} == counts
+    hashes = [set(map(calibration.document_hash, found)) for found in texts.values()]
+    assert not hashes[0] & hashes[1]

@@ -1,0 +1,179 @@
+"""The command line: exit codes, one sentence for bad input, assets fetched before a study, nothing deleted unasked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import toys
+
+import hfprune_nb.inputs
+from hfprune_nb import cli
+from hfprune_nb.errors import UserError
+from hfprune_nb.runs import study
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_HOME", str(tmp_path))
+    monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
+    # main() answers SIGTERM in this process; put the handler back afterwards.
+    before = signal.getsignal(signal.SIGTERM)
+    yield toys.write_project(tmp_path)
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def assets(monkeypatch):
+    """A stand-in for the assets module that knows one asset and remembers what was fetched."""
+    fetched = []
+
+    def get(name):
+        if name != "model":
+            raise UserError(f"unknown asset {name!r}: did you mean 'model'?")
+
+    asset = SimpleNamespace(name="model", kind="model", description="a toy", licence="MIT", note="", files=())
+    module = SimpleNamespace(
+        list_assets=lambda: [asset],
+        get=get,
+        is_cached=lambda name: name in fetched,
+        fetch=lambda name, progress=True: fetched.append(name) or f"cache/{name}",
+        fetched=fetched,
+    )
+    monkeypatch.setitem(sys.modules, "hfprune_nb.inputs.assets", module)
+    monkeypatch.setattr(hfprune_nb.inputs, "assets", module, raising=False)
+    return module
+
+
+@pytest.fixture
+def no_cells(monkeypatch):
+    """Studies whose cells are not executed: `run` reports the outcomes set in `states`."""
+    states = ["computed"]
+    monkeypatch.setattr(
+        study,
+        "run",
+        lambda loaded, workers, progress: study.Summary(
+            loaded,
+            [study.Outcome(cell, states[0], error="why") for cell in study.plan(loaded)],
+            1.0,
+        ),
+    )
+    return states
+
+
+@pytest.mark.parametrize("arguments", [[], ["assets"], ["study"], ["study", "run"], ["study", "clean"], ["assets", "fetch"]])
+def test_help_says_what_it_is_for(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*arguments, "--help"])
+    assert caught.value.code == 0
+    assert "usage: hfprune" in capsys.readouterr().out
+
+
+def test_help_has_examples_and_exit_codes(capsys):
+    for arguments, words in ((["--help"], "hfprune study run offline"), (["study", "run", "--help"], "Exit status: 0")):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert words in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"hfprune {cli.__version__}\n"
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+def test_bad_option_is_refused(workers):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["study", "run", "toy", "--workers", workers])
+    assert caught.value.code == 2
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(project, capsys):
+    toys.write_study(project, "bad", criterion=["entropy"])
+    assert cli.main(["study", "run", "bad"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: bad.yaml: unknown key 'criterion', did you mean 'criteria'?\n" and said.out == ""
+    assert cli.main(["study", "status", "toi"]) == 2
+    assert "did you mean 'toy'?" in capsys.readouterr().err
+
+
+def test_assets_list_and_fetch(assets, project, capsys):
+    assert cli.main(["assets", "list"]) == 0
+    assert "model" in capsys.readouterr().out
+    assert cli.main(["assets", "fetch", "model"]) == 0 and assets.fetched == ["model"]
+    assert cli.main(["assets", "fetch", "--all"]) == 0
+    assert cli.main(["assets", "fetch"]) == 2
+    before = list(assets.fetched)
+    assert cli.main(["assets", "fetch", "model", "modle"]) == 2 and assets.fetched == before
+
+
+@pytest.mark.parametrize(("flag", "fetched"), [("--fetch", ["model"]), ("--no-fetch", [])])
+def test_run_fetches_the_assets_of_the_study(assets, project, no_cells, flag, fetched):
+    toys.write_study(project, assets=["model"])
+    assert cli.main(["study", "run", "toy", flag]) == 0
+    assert assets.fetched == fetched
+
+
+def test_failed_cells_give_exit_code_1_and_a_summary(project, no_cells, capsys):
+    no_cells[0] = "failed"
+    assert cli.main(["study", "run", "toy"]) == 1
+    said = capsys.readouterr().out
+    assert "12 failed" in said and said.count("why") == 12
+
+
+def test_status_and_plan(project, capsys):
+    assert cli.main(["study", "status", "toy"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 13 and said[-1] == "12 cells: 12 waiting"
+    assert said[0].split() == ["waiting", "evaluation", "tiny,", "dense"]
+    assert cli.main(["study", "plan", "toy"]) == 0
+    assert "total          12 cells,    0 done" in capsys.readouterr().out
+
+
+def test_results_folder_can_be_chosen(project, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path / "unused"))
+    kept = tmp_path / "elsewhere" / "toy" / "scoring" / "0123456789abcdef"
+    kept.mkdir(parents=True)
+    assert cli.main(["study", "clean", "toy", "--results", str(tmp_path / "elsewhere"), "--yes"]) == 0
+    assert not kept.exists()
+
+
+def test_clean_shows_first_and_asks(project, capsys, monkeypatch):
+    folder = project / "results" / "toy"
+    artifact, published = folder / "scoring" / "0123456789abcdef", folder / "tables" / "table.csv"
+    for path in (artifact, published.parent):
+        path.mkdir(parents=True)
+    published.write_text("1,2")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    assert cli.main(["study", "clean", "toy"]) == 2 and artifact.exists()
+    assert str(artifact) in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert cli.main(["study", "clean", "toy"]) == 0 and artifact.exists()
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert cli.main(["study", "clean", "toy"]) == 0 and not artifact.exists() and published.exists()
+    assert cli.main(["study", "clean", "toy", "--published", "--yes"]) == 0 and not folder.exists()
+    assert cli.main(["study", "clean", "toy"]) == 0 and "nothing to delete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_is_one_line_and_exit_code_130(project, monkeypatch, capsys, signal_number):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal_number)
+        time.sleep(1)
+
+    monkeypatch.setattr(study, "run", interrupted)
+    assert cli.main(["study", "run", "toy"]) == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again to continue\n"
+
+
+def test_status_imports_nothing_heavy(project):
+    code = (
+        "import sys; from hfprune_nb import cli; cli.main(['study', 'status', 'toy'])\n"
+        "assert not {'torch', 'transformers', 'papermill', 'pandas', 'nbconvert'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)

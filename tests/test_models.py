@@ -1,0 +1,115 @@
+"""Loading by alias, folder and GGUF file; what cannot be loaded is told in one sentence."""
+
+import numpy as np
+import pytest
+import torch
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import models
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_tiny_alias_is_deterministic_and_cached(own_cache, monkeypatch):
+    first, tokenizer = models.load(models.TINY, dtype="float32", device="cpu")
+    monkeypatch.setattr(models, "_write_tiny", lambda folder: pytest.fail("written twice"))
+    second, _ = models.load(models.TINY, dtype="float32", device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in first.parameters()) and not first.training
+    text = "Every neuron counts: naïve café!"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_local_folder_loads_in_every_dtype(own_cache):
+    folder = models._source(models.TINY)
+    for name, dtype in models.DTYPES.items():
+        model, _ = models.load(folder, dtype=name, device="cpu")
+        assert next(model.parameters()).dtype == dtype
+
+
+def test_gguf_file_is_dequantised_once(own_cache, tiny, monkeypatch):
+    """A LLaMA GGUF file written by the gguf library loads by its path and is converted only once."""
+    gguf = pytest.importorskip("gguf", reason="gguf is a dependency of the kit; without it GGUF models cannot load")
+    model = tiny("llama-tied", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=300)
+    file = own_cache / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    config = model.config
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_dimension_count(8)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(300)
+    alphabet = models_alphabet()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(alphabet + [f"<extra{i}>" for i in range(300 - len(alphabet))])
+    writer.add_token_types([1] * 300)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for layer in range(3):
+        for ours, theirs in {
+            "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.v_proj": "attn_v",
+            "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+            "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        }.items():  # fmt: skip
+            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
+    state = model.state_dict()
+    for ours, theirs in names.items():
+        writer.add_tensor(theirs, state[ours].float().numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded, _ = models.load(str(file), dtype="float32", device="cpu")
+    mlps = models.gated_mlps(loaded)
+    expected = state["model.layers.1.mlp.down_proj.weight"].to(torch.bfloat16).float()
+    assert torch.equal(mlps[1].down.weight, expected), "weights differ from the file's, rounded to bfloat16"
+    monkeypatch.setattr(models, "_convert_gguf", lambda *_: pytest.fail("converted twice"))
+    models.load(str(file), dtype="bfloat16", device="cpu")
+
+
+def models_alphabet():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return [*sorted(ByteLevel.alphabet()), "ab"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("nobody/nothing", {}, "could not be loaded"),
+        ("models/none.gguf", {}, "could not be loaded"),
+        ("tiny-random-llama", {"dtype": "int3"}, "dtype 'int3' is unknown"),
+        ("tiny-random-llama", {"device": "cuda:7"}, "device"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_one_sentence(name, settings, words, own_cache):
+    if settings.get("device") and torch.cuda.is_available():
+        settings["device"] = "cuda:99"
+    with pytest.raises(UserError, match=words) as caught:
+        models.load(name, **({"device": "cpu"} | settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_conversion_leaves_nothing_behind(own_cache):
+    (own_cache / "broken.gguf").write_bytes(b"GGUF not really")
+    with pytest.raises(UserError):
+        models.load(str(own_cache / "broken.gguf"), device="cpu")
+    left = [path for path in (own_cache / "cache" / "models").glob("*") if not path.name.startswith(".")]
+    assert left == []
+
+
+def test_weights_that_are_dequantised_are_told(own_cache):
+    assert "dequantised" in models.notes("smollm2-135m")[0]
+    assert any("tied again" in note for note in models.notes("qwen2.5-coder-0.5b"))
+    assert models.notes("meta-llama/Llama-2-7b-hf") == []

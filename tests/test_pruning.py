@@ -1,0 +1,145 @@
+"""Exact arithmetic of ratios, and narrow models that answer as silenced ones do."""
+
+import errno
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import models
+from hfprune_nb.method import allocation, pruning
+from hfprune_nb.method.activations import silenced
+
+
+def importance_of(model, seed=0):
+    mlps = models.gated_mlps(model)
+    return torch.rand(len(mlps), mlps[0].width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_narrow_model_equals_silenced_model_and_reloads_without_our_code(architecture, tiny, tmp_path):
+    model = tiny(architecture)
+    tokens = torch.randint(0, 61, (2, 10))
+    plan = pruning.allocate(model, neuron_ratio=0.3)
+    kept = pruning.kept_neurons(importance_of(model), plan.width_after)
+    with torch.no_grad(), silenced(model, kept):
+        expected = model(input_ids=tokens).logits
+    narrow = pruning.narrow(model, kept)
+    with torch.no_grad():
+        found = narrow(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert models.count_parameters(narrow) == plan.parameters
+    narrow.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert again.config.intermediate_size == plan.width_after[0]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=tokens).logits, found)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameters_per_neuron_is_what_removing_one_neuron_takes_away(architecture, tiny):
+    wide, narrow = tiny(architecture), tiny(architecture, intermediate_size=39)
+    per_neuron = models.gated_mlps(wide)[0].parameters_per_neuron
+    assert models.count_parameters(wide) - models.count_parameters(narrow) == 3 * per_neuron
+
+
+sizes = st.tuples(st.integers(1, 80), st.integers(2, 20000), st.integers(3, 30000), st.integers(0, 10**9))
+
+
+@given(sizes, st.floats(1e-4, 0.999), st.booleans())
+def test_achieved_ratio_is_within_one_neuron_per_layer(sizes, ratio, of_neurons):
+    layers, width, per_neuron, rest = sizes
+    dense = layers * width * per_neuron + rest
+    chosen = {"neuron_ratio": ratio} if of_neurons else {"ratio": ratio}
+    try:
+        plan = allocation.uniform(layers, width, per_neuron, dense, **chosen)
+    except UserError:
+        reachable = ratio * width if of_neurons else ratio * dense / (layers * per_neuron)
+        assert reachable < 0.5 + 1e-6 or reachable > width - 0.5 - 1e-6
+        return
+    one_neuron_per_layer = 1 / width if of_neurons else layers * per_neuron / dense
+    achieved = plan.neuron_ratio if of_neurons else plan.achieved_ratio
+    assert abs(achieved - ratio) <= one_neuron_per_layer
+    assert plan.parameters == dense - layers * (width - plan.width_after[0]) * per_neuron
+    assert len(plan.width_after) == layers and 1 <= plan.width_after[0] < width
+
+
+@given(st.integers(1, 40), st.integers(2, 5000), st.floats(0.01, 0.99), st.integers(1, 512))
+def test_multiple_of_gives_a_multiple_that_is_nearest(layers, width, ratio, multiple):
+    try:
+        exact = allocation.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio).width_after[0]
+        kept = allocation.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio, multiple_of=multiple).width_after[0]
+    except UserError:
+        return
+    assert kept % multiple == 0 and kept >= multiple
+    assert abs(kept - exact) <= multiple / 2 or kept == multiple
+
+
+def test_more_pruning_removes_a_superset(tiny):
+    model = tiny("llama")
+    importance = importance_of(model)
+    kept = [pruning.kept_neurons(importance, pruning.allocate(model, neuron_ratio=ratio).width_after) for ratio in (0.2, 0.5)]
+    for layer in range(len(importance)):
+        assert set(kept[1][layer].tolist()) < set(kept[0][layer].tolist())
+
+
+def test_the_most_important_are_kept_in_ascending_order_and_ties_are_settled():
+    importance = torch.tensor([[3.0, 1.0, 2.0, 1.0]])
+    assert pruning.kept_neurons(importance, [2]).tolist() == [[0, 2]]
+    assert pruning.kept_neurons(importance, [3]).tolist() == [[0, 2, 3]]
+
+
+def test_ratio_arithmetic_reproduces_the_published_table_9_computation():
+    # LLaMA-2-7B: 32 layers, hidden 4096, intermediate 11008, 6,738,415,616 parameters; 20 % of all is 31.1 % of the neurons.
+    plan = allocation.uniform(32, 11008, 3 * 4096, 6_738_415_616, ratio=0.2)
+    assert round(100 * plan.neuron_ratio, 1) == 31.1 and abs(plan.achieved_ratio - 0.2) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"ratio": 1.2}, "outside"),
+        ({"ratio": -0.1}, "outside"),
+        ({"neuron_ratio": 1.0}, "outside"),
+        ({"ratio": 0.9}, "cannot be reached"),
+        ({"ratio": 0.2, "neuron_ratio": 0.2}, "exactly one"),
+        ({}, "exactly one"),
+        ({"neuron_ratio": 0.2, "multiple_of": 41}, "multiple_of"),
+        ({"neuron_ratio": 0.2, "rule": "clever"}, "allocation"),
+        ({"neuron_ratio": 1e-4}, "removes no neuron"),
+    ],
+)
+def test_bad_requests_get_one_sentence(chosen, words, tiny):
+    with pytest.raises(UserError, match=words) as caught:
+        pruning.allocate(tiny("llama"), **chosen)
+    assert "\n" not in str(caught.value)
+
+
+def test_kept_neurons_of_another_model_are_refused(tiny):
+    kept = torch.arange(40).repeat(3, 1)
+    with pytest.raises(UserError, match="layers"):
+        pruning.narrow(tiny("llama", num_hidden_layers=2), kept)
+    with pytest.raises(UserError, match="does not exist"):
+        pruning.narrow(tiny("llama", intermediate_size=30), kept)
+
+
+def test_kept_indices_survive_a_round_trip_and_truncation_is_told(tmp_path):
+    kept, file = torch.tensor([[0, 2], [1, 3]]), tmp_path / "kept.safetensors"
+    pruning.save_kept(kept, file)
+    assert torch.equal(pruning.load_kept(file), kept)
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(UserError, match="truncated"):
+        pruning.load_kept(file)
+
+
+def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pruning, "save_file", full)
+    with pytest.raises(UserError, match="disk is full"):
+        pruning.save_kept(torch.tensor([[0]]), tmp_path / "kept.safetensors")

@@ -1,0 +1,180 @@
+"""The engine against a naive loop: full logits, autograd through everything, one window at a time."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from scipy.stats import spearmanr
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import models
+from hfprune_nb.method import pruning, scoring
+from hfprune_nb.method.activations import replaced, silenced
+
+THREE = ["one_hot_ce", "entropy", "self_distillation"]
+
+
+def naive(model, windows, criterion, kept=None):
+    """|h * dC/dh| summed over tokens, with C averaged over positions, by autograd through the whole model."""
+    mlps = models.gated_mlps(model)
+    total = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64)
+    for window in torch.as_tensor(windows):
+        with torch.no_grad():
+            teacher = model(input_ids=window[None]).logits[0].double()
+        leaves = {}
+
+        def watch(layer, hidden, leaves=leaves):
+            # Adding a zero that needs a gradient gives dC/dh without changing h.
+            leaves[layer] = torch.zeros_like(hidden).requires_grad_()
+            leaves[layer].value = hidden.detach()
+            return hidden + leaves[layer]
+
+        context = silenced(model, kept) if kept is not None else replaced(model, lambda _, hidden: hidden)
+        with context, replaced(model, watch):
+            logits = model(input_ids=window[None]).logits[0].double()
+        log_p = torch.log_softmax(logits, -1)
+        if criterion == "one_hot_ce":
+            value = torch.nn.functional.nll_loss(log_p[:-1], window[1:])
+        elif criterion == "entropy":
+            value = -(log_p.exp() * log_p).sum(-1).mean()
+        else:
+            value = torch.nn.functional.kl_div(log_p, torch.log_softmax(teacher, -1), log_target=True, reduction="batchmean")
+        gradients = torch.autograd.grad(value, [leaves[layer] for layer in range(len(mlps))])
+        for layer, gradient in enumerate(gradients):
+            total[layer] += (leaves[layer].value * gradient).abs().sum((0, 1)).double()
+    return total
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_pass_equals_the_naive_loop(architecture, tiny, token_windows):
+    model = tiny(architecture, dtype="float64")
+    scores = scoring.score(model, token_windows, THREE, batch_size=4, chunk_size=7, first_stage_ratio=0.1, progress=False)
+    for criterion in ("one_hot_ce", "entropy"):
+        torch.testing.assert_close(scores.importance[criterion], naive(model, token_windows, criterion), rtol=1e-5, atol=1e-9)
+    first = scores.importance["one_hot_ce"]
+    kept = pruning.kept_neurons(first, [36] * len(first))
+    expected = naive(model, token_windows, "self_distillation", kept)
+    found = scores.importance["self_distillation"]
+    torch.testing.assert_close(found.gather(1, kept), expected.gather(1, kept), rtol=1e-5, atol=1e-9)
+    removed = torch.ones_like(found, dtype=torch.bool).scatter_(1, kept, False)
+    assert found[removed].max() < found[~removed].min(), "a neuron removed in the first stage does not rank last"
+    assert torch.equal(found[removed].argsort(), first[removed].argsort()), "the order of the first stage is lost"
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 9}, {"chunk_size": 1}, {"chunk_size": 1000}])
+def test_batches_and_chunks_do_not_change_scores(changes, tiny, token_windows):
+    model = tiny("qwen3")
+    settings = {"batch_size": 3, "chunk_size": 16, "progress": False}
+    one = scoring.score(model, token_windows, THREE, **settings)
+    other = scoring.score(model, token_windows, THREE, **(settings | changes))
+    for criterion in THREE:
+        torch.testing.assert_close(one.importance[criterion], other.importance[criterion], rtol=2e-4, atol=1e-7)
+
+
+def test_order_of_windows_does_not_change_scores(tiny, token_windows):
+    model = tiny("llama")
+    one = scoring.score(model, token_windows, THREE, progress=False)
+    other = scoring.score(model, token_windows[::-1], THREE, progress=False)
+    for criterion in THREE:
+        torch.testing.assert_close(one.importance[criterion], other.importance[criterion], rtol=1e-4, atol=1e-7)
+
+
+def test_criteria_scored_together_equal_criteria_scored_alone(tiny, token_windows):
+    model = tiny("llama-tied")
+    together = scoring.score(model, token_windows, [*THREE, "magnitude", "random"], seed=5, progress=False)
+    for criterion in together.importance:
+        alone = scoring.score(model, token_windows, [criterion], seed=5, progress=False)
+        assert torch.equal(alone.importance[criterion], together.importance[criterion]), criterion
+
+
+def test_same_arguments_give_the_same_bytes(tiny, token_windows, tmp_path):
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file in files:
+        scoring.score(tiny("llama"), token_windows, [*THREE, "random"], progress=False).save(file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_scoring_leaves_the_model_as_it_was(tiny, token_windows):
+    model = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scoring.score(model, token_windows, THREE, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(mlp.down._forward_pre_hooks for mlp in models.gated_mlps(model))
+
+
+def test_no_logits_larger_than_a_chunk_ever_exist(tiny, token_windows, monkeypatch):
+    seen, original = [], models.Head.logits
+    monkeypatch.setattr(models.Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
+    scoring.score(tiny("llama"), token_windows, THREE, batch_size=9, chunk_size=10, progress=False)
+    assert max(seen) == 10
+
+
+def test_narrower_dtypes_rank_like_double(tiny, token_windows):
+    # Random weights with large activations are the hard case for bfloat16; tests/test_real_model.py has the real one.
+    exact = scoring.score(tiny("llama", dtype="float64"), token_windows, ["entropy"], progress=False).importance["entropy"]
+    for dtype, least in (("float32", 0.9999), ("bfloat16", 0.97)):
+        found = scoring.score(tiny("llama", dtype=dtype), token_windows, ["entropy"], progress=False).importance["entropy"]
+        for layer in range(len(exact)):
+            assert spearmanr(exact[layer], found[layer]).statistic > least, dtype
+
+
+def test_logit_softcapping_and_scaling_are_part_of_the_head(token_windows):
+    from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
+
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3}
+    for config in (Gemma2Config(**sizes, final_logit_softcapping=3.0), GraniteConfig(**sizes, logits_scaling=4.0)):
+        model = AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
+        scores = scoring.score(model, token_windows, ["one_hot_ce"], progress=False)
+        torch.testing.assert_close(
+            scores.importance["one_hot_ce"], naive(model, token_windows, "one_hot_ce"), rtol=1e-5, atol=1e-9
+        )
+
+
+def test_a_model_without_gated_mlp_is_refused_by_name(token_windows):
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    moe = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=2
+        )
+    )
+    for model in (gpt2, moe):
+        with pytest.raises(UserError, match=type(model).__name__):
+            scoring.score(model, token_windows, ["entropy"], progress=False)
+
+
+def test_broken_weights_and_dead_models_are_refused(tiny, token_windows):
+    broken = tiny("llama")
+    models.gated_mlps(broken)[1].down.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        scoring.score(broken, token_windows, ["entropy"], progress=False)
+    dead = tiny("llama")
+    dead.lm_head.weight.data.zero_()
+    with pytest.raises(UserError, match="equal"):
+        scoring.score(dead, token_windows, ["entropy"], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("windows", "criteria", "words"),
+    [(None, [], "criteria is empty"), (np.empty((0, 8)), ["entropy"], "calibration"), (None, ["entropie"], "did you mean")],
+)
+def test_bad_arguments_are_refused(windows, criteria, words, tiny, token_windows):
+    with pytest.raises(UserError, match=words):
+        scoring.score(tiny("llama"), token_windows if windows is None else windows, criteria, progress=False)
+
+
+def test_scores_of_another_model_or_a_truncated_file_are_refused(tiny, token_windows, tmp_path):
+    file = tmp_path / "scores.safetensors"
+    scoring.score(tiny("llama"), token_windows, ["magnitude"], progress=False).save(file)
+    with pytest.raises(UserError, match="another model"):
+        scoring.load_importance(file, "magnitude", tiny("llama", intermediate_size=44))
+    with pytest.raises(UserError, match="not in"):
+        scoring.load_importance(file, "entropy")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="truncated"):
+        scoring.load_importance(file, "magnitude")
+    with pytest.raises(UserError, match="does not exist"):
+        scoring.load_importance(tmp_path / "none.safetensors", "magnitude")

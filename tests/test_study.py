@@ -1,0 +1,292 @@
+"""Studies on toy notebooks: the grid, resuming, early cut-off, local failures, interrupts that leave nothing."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import toys
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.runs import kernel, stage, study
+from hfprune_nb.runs.artifacts import Artifact, read_json
+
+
+@pytest.fixture(scope="module")
+def finished_project(tmp_path_factory):
+    """A project whose study `toy` was run once by real worker processes; read-only."""
+    project = toys.write_project(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HFPRUNE_HOME", str(project))
+        patch.delenv("HFPRUNE_RESULTS", raising=False)
+        summary = study.run(study.load("toy"), progress=False)
+        assert summary.ok and summary.count("computed") == 12, summary.text()
+    return project
+
+
+@pytest.fixture
+def project(finished_project, tmp_path, monkeypatch):
+    """A copy of the finished project that a test may change; cells run in this process, to save starting workers."""
+    shutil.copytree(finished_project, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
+    monkeypatch.setenv("HFPRUNE_HOME", str(tmp_path))
+    monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(1))
+    return tmp_path
+
+
+def cells(loaded, name):
+    return [cell for cell in study.plan(loaded) if cell.stage == name]
+
+
+def artifact(loaded, name, position=0):
+    return Artifact(loaded.folder / cells(loaded, name)[position].reference)
+
+
+def computed(summary):
+    return [outcome.cell.reference for outcome in summary.outcomes if outcome.state == "computed"]
+
+
+def figures_value(loaded, cell):
+    return (loaded.folder / cell.reference / "value.txt").read_bytes()
+
+
+# -- the file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criterion": ["entropy"]}, "unknown key 'criterion', did you mean 'criteria'"),
+        ({"models": None}, "models must be a list with at least one entry"),
+        ({"seeds": []}, "seeds must be a list"),
+        ({"seeds": [0, 0]}, "seeds names an entry twice"),
+        ({"seeds": ["0"]}, "seeds must hold int values, not '0'"),
+        ({"ratios": [0.2, 1.0]}, "ratios must lie between 0 and 1, not 1"),
+        ({"ratios": [20]}, "ratios must lie between 0 and 1"),
+        ({"ratios": None}, "either ratios .* or neuron_ratios"),
+        ({"neuron_ratios": [0.1]}, "either ratios .* or neuron_ratios"),
+        ({"name": 3}, "name must be text"),
+        ({"name": "a/b"}, "not a plain name"),
+        ({"run": {"worker": 2}}, "section run: unknown key 'worker', did you mean 'workers'"),
+        ({"run": {"workers": 0}}, "run.workers must be a positive int"),
+        ({"run": {"offline": 1}}, "run.offline must be true or false"),
+        ({"calibration": {"n_window": 8}}, "section calibration: .*did you mean 'n_windows'"),
+        ({"calibration": {"n_windows": "8"}}, "section calibration: parameter 'n_windows'"),
+        ({"calibration": {"seed": 8}}, "calibration.seed is set by the grid"),
+        ({"scoring": {"calibration": "x"}}, "scoring.calibration is set by the grid"),
+    ],
+)
+def test_bad_study_is_refused_in_one_sentence(project, changes, message):
+    toys.write_study(project, "bad", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        study.load("bad")
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_file_is_refused(project):
+    (project / "notebooks" / "studies" / "bad.yaml").write_text("models: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        study.load("bad")
+    with pytest.raises(UserError, match="no study file 'toi': did you mean 'toy'"):
+        study.load("toi")
+
+
+# -- the plan
+
+
+def test_plan_is_the_grid(project):
+    loaded = study.load("toy")
+    plan = study.plan(loaded)
+    counts = {name: len(cells(loaded, name)) for name in stage.STAGES}
+    assert counts == {"calibration": 2, "scoring": 2, "pruning": 3, "evaluation": 4, "figures": 1}
+    assert [cell.place["seed"] for cell in cells(loaded, "pruning") if cell.place["criterion"] == "magnitude"] == [0]
+    assert plan[0].place == {"model": "tiny", "criterion": "dense"}
+    positions = {cell.reference: position for position, cell in enumerate(plan)}
+    assert all(positions[name] < positions[cell.reference] for cell in plan for name in cell.depends_on)
+    assert plan == study.plan(study.load("toy"))
+
+
+def test_ratios_share_one_scoring_and_two_models_nothing(project):
+    toys.write_study(project, "wide", models=["tiny", "other"], ratios=[0.1, 0.2])
+    loaded = study.load("wide")
+    assert len(cells(loaded, "scoring")) == 4 and len(cells(loaded, "pruning")) == 12
+    assert len(cells(loaded, "evaluation")) == 14 and len(cells(loaded, "figures")) == 1
+
+
+def test_neuron_ratios_leave_the_ratio_unset(project):
+    toys.write_study(project, "neurons", ratios=None, neuron_ratios=[0.5])
+    for cell in cells(study.load("neurons"), "pruning"):
+        assert (cell.parameters["ratio"], cell.parameters["neuron_ratio"]) == (0.0, 0.5)
+
+
+def test_plan_table_has_one_row_per_cell(project):
+    table = study.plan_table(study.load("toy"))
+    assert len(table) == 12 and set(table["state"]) == {"done"}
+    assert {"stage", "model", "seed", "criterion", "ratio", "state", "key"} <= set(table.columns)
+
+
+# -- run and resume
+
+
+def test_finished_study_is_published(project):
+    loaded = study.load("toy")
+    for name in ("tables/table.csv", "figures/figure.png", "index.html", "study.yaml", "cards.json", "run.log"):
+        assert (loaded.folder / name).is_file(), name
+    pages = [path.stem for path in study.published(loaded, "notebooks", ".html")]
+    assert pages == ["01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"]
+    assert len(read_json(loaded.folder / "cards.json")) == 12
+    assert len((loaded.folder / "run.log").read_text().splitlines()) == 13
+    assert [path.name for path in study.published(loaded, "figures", "")] == ["figure.png"]
+
+
+def test_values_flow_through_the_chain(project):
+    last = artifact(study.load("toy"), "evaluation", -1).path("value.txt").read_text()
+    assert "magnitude" in last and "0.2" in last and "other" in last
+
+
+def test_second_run_does_nothing_quickly_and_imports_nothing_heavy(project):
+    before = {path: path.stat().st_mtime_ns for path in (project / "results").rglob("*")}
+    code = (
+        "import sys; from hfprune_nb.runs import study; summary = study.run(study.load('toy'), progress=False)\n"
+        "assert summary.count('done') == 12\n"
+        "heavy = {'torch', 'transformers', 'papermill', 'nbconvert', 'pandas'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\nprint(summary.text())"
+    )
+    began = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 2
+    assert "study toy is finished: 12 cells, nothing to do" in said.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (project / "results").rglob("*")}
+
+
+def test_lost_and_edited_artifacts_are_recomputed_and_equal_bytes_stop_there(project):
+    loaded = study.load("toy")
+    lost, edited = artifact(loaded, "calibration", 1), artifact(loaded, "pruning", 2)
+    shutil.rmtree(lost.folder)
+    edited.path("value.txt").write_text("edited")
+    assert {o.cell.reference for o in study.status(loaded) if o.state == "waiting"} == {
+        lost.reference,
+        cells(loaded, "scoring")[1].reference,
+        edited.reference,
+    }
+    table = (loaded.folder / "tables" / "table.csv").read_bytes()
+    assert computed(study.run(loaded, progress=False)) == [lost.reference, edited.reference]
+    assert (loaded.folder / "tables" / "table.csv").read_bytes() == table
+
+
+def test_changed_bytes_rerun_exactly_what_depends_on_them(project):
+    loaded = study.load("toy")
+    shutil.rmtree(artifact(loaded, "calibration", 1).folder)
+    changed = (toys.CALIBRATION[0], "'now different'")
+    toys.write_stage(project, "calibration", "01_calibration.ipynb", changed)
+    again = study.run(loaded, progress=False)
+    stages = [reference.split("/")[0] for reference in computed(again)]
+    assert stages == ["calibration", "scoring", "pruning", "evaluation", "figures"]
+    assert "now different" in (loaded.folder / "tables" / "table.csv").read_text()
+
+
+def test_a_failure_stays_local_and_the_figures_show_what_exists(project):
+    broken = "if seed == 1:\n    raise ZeroDivisionError('on purpose')"
+    toys.write_stage(project, "pruning", "03_pruning.ipynb", toys.PRUNING, before=broken)
+    loaded = study.load("toy")
+    for cell in cells(loaded, "pruning"):
+        shutil.rmtree(loaded.folder / cell.reference)
+    summary = study.run(loaded, progress=False)
+    assert not summary.ok
+    assert (summary.count("failed"), summary.count("skipped")) == (1, 1)
+    failed = next(outcome for outcome in summary.outcomes if outcome.state == "failed")
+    assert failed.error == "ZeroDivisionError: on purpose" and failed.error in summary.text()
+    notebook = stage.failed_notebook(Artifact(loaded.folder / failed.cell.reference))
+    assert "ZeroDivisionError" in toys.outputs(notebook)
+    figures = summary.outcomes[-1]
+    assert figures.state == "computed" and len(figures.cell.parameters["evaluations"]) == 3
+    assert (loaded.folder / "tables" / "table.csv").read_bytes() == figures_value(loaded, figures.cell)
+    assert [o.error for o in study.status(loaded) if o.state == "failed"] == ["ZeroDivisionError: on purpose"]
+
+
+def test_nothing_is_shown_when_no_evaluation_exists(project):
+    toys.write_stage(project, "evaluation", "05_evaluation.ipynb", toys.EVALUATION, before="raise ValueError('all')")
+    loaded = study.load("toy")
+    shutil.rmtree(loaded.folder / "evaluation")
+    summary = study.run(loaded, progress=False)
+    assert summary.outcomes[-1].state == "skipped" and summary.count("failed") == 1
+
+
+def test_a_missing_notebook_is_executed_again_but_not_the_computation(project):
+    loaded = study.load("toy")
+    scored = artifact(loaded, "scoring")
+    written = scored.path("DONE").stat().st_mtime_ns
+    scored.path("notebook.ipynb").unlink()
+    assert computed(study.run(loaded, progress=False)) == [scored.reference]
+    assert scored.path("DONE").stat().st_mtime_ns == written and scored.path("notebook.ipynb").is_file()
+
+
+def test_a_notebook_that_fails_after_finish_is_a_failure_but_its_computation_is_kept(project):
+    notebook = toys.write_stage(project, "scoring", "02_scoring.ipynb", toys.SCORING)
+    working = notebook.read_text()
+    notebook.write_text(working.replace("print(run.describe())", "raise ValueError('late')"))
+    loaded = study.load("toy")
+    scored = artifact(loaded, "scoring")
+    shutil.rmtree(scored.folder)
+    assert study.run(loaded, progress=False).count("failed") == 1
+    written = scored.path("DONE").stat().st_mtime_ns
+    notebook.write_text(working)
+    assert computed(study.run(loaded, progress=False))[0] == scored.reference
+    assert scored.path("DONE").stat().st_mtime_ns == written
+
+
+def test_front_door_notebook_runs_a_study_and_shows_it_and_two_runs_give_identical_bytes(project):
+    notebook = Path(__file__).parents[1] / "notebooks" / "00_study.ipynb"
+    front_door = Path(shutil.copy(notebook, project / "notebooks"))
+    toys.write_study(project, "small", seeds=[0])
+    parameters = stage.check_parameters(front_door, {"study_file": "small", "workers": 2})
+    kernel.run(front_door, project / "shown.ipynb", parameters)
+    shown = toys.outputs(project / "shown.ipynb")
+    assert "study small: 8 cells" in shown and "8 computed" in shown
+    assert "image/png" in (project / "shown.ipynb").read_text()
+    again, first = study.load("small"), study.load("toy")
+    for cell in study.plan(again)[:-1]:
+        assert Artifact(again.folder / cell.reference).digest == Artifact(first.folder / cell.reference).digest
+
+
+def test_clean_keeps_what_was_published(project):
+    loaded = study.load("toy")
+    doomed = study.removable(loaded)
+    assert len(doomed) == 12 and study.clean(loaded) == doomed
+    assert (loaded.folder / "figures" / "figure.png").is_file() and not (loaded.folder / "scoring").exists()
+    assert {outcome.state for outcome in study.status(loaded)} == {"waiting"}
+    study.clean(loaded, everything=True)
+    assert not loaded.folder.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are a POSIX feature")
+def test_interrupt_leaves_no_kernel_and_no_trace(project):
+    hang = "import os, time\nopen(f'pid{seed}', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    toys.write_stage(project, "calibration", "01_calibration.ipynb", toys.CALIBRATION, before=hang)
+    loaded = study.load("toy")
+    shutil.rmtree(loaded.folder / "calibration")
+    code = "import sys; from hfprune_nb.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "study", "run", "toy"],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    marks = [project / "notebooks" / f"pid{seed}" for seed in (0, 1)]
+    while not all(mark.is_file() and mark.read_text() for mark in marks):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and said.splitlines()[-1].startswith("interrupted")
+    for mark in marks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(mark.read_text()), 0)
+    assert not list((loaded.folder / "calibration").glob("*.ipynb"))

@@ -1,0 +1,264 @@
+"""Tables from synthetic evaluations: numbers, published values apart, degraded studies, bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.report import measurements, tables
+
+FAST = {"n_resamples": 200}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return measurements.collect(synthetic.study(tmp_path_factory.mktemp("study"), n_items=30))
+
+
+@pytest.fixture(scope="module")
+def criterion(results):
+    return tables.criterion_table(results, **FAST)
+
+
+@pytest.fixture(scope="module")
+def paired(results):
+    return tables.paired_table(results, **FAST)
+
+
+def cell(table, column, criterion="entropy", ratio=0.2):
+    long = table.long
+    found = long[(long["column"] == column) & (long["criterion"] == criterion) & np.isclose(long["ratio"], ratio)]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+def test_means_are_those_of_the_items(results, criterion):
+    items = results.items[(results.items["criterion"] == "entropy") & (results.items["ratio"] == 0.2)]
+    by_task = 100 * items.groupby("task")["value"].mean()
+    assert cell(criterion, "boolq")["mean"] == pytest.approx(by_task["boolq"])
+    assert cell(criterion, "average")["mean"] == pytest.approx(by_task.mean())
+    windows = results.perplexity[(results.perplexity["criterion"] == "dense") & (results.perplexity["corpus"] == "c4")]
+    dense = cell(criterion, "perplexity:c4", "dense", 0)
+    assert dense["mean"] == pytest.approx(np.exp(windows["nll"].sum() / windows["tokens"].sum()))
+    assert dense["low"] < dense["mean"] < dense["high"]
+
+
+def test_rows_stand_in_the_order_of_the_paper(criterion):
+    assert list(criterion.display["Criterion"][:6]) == [tables.label(name) for name in measurements.ORDER]
+    assert list(criterion.display["Ratio"].unique()) == ["0 %", "10 %", "20 %", "30 %"]
+
+
+def test_seeds_are_counted_and_one_seed_is_told(criterion):
+    assert cell(criterion, "average")["n_seeds"] == 3
+    assert cell(criterion, "average", "magnitude")["n_seeds"] == 1
+    assert "one seed" in cell(criterion, "average", "magnitude")["note"]
+
+
+def test_dense_has_no_fidelity_and_shows_a_dash(criterion):
+    assert np.isnan(cell(criterion, "js:c4", "dense", 0)["mean"])
+    assert criterion.display.loc[0, "JS distance c4"] == tables.ABSENT
+
+
+def test_published_values_stand_beside_ours_and_never_inside(criterion):
+    ablation, fidelity = tables.ablation_table(criterion), tables.fidelity_table(criterion)
+    paper = ablation.long[ablation.long["source"] == "paper"].set_index(["criterion", "ratio", "column"])["mean"]
+    assert paper["entropy", 0.2, "average"] == 53.1 and paper["one_hot_ce", 0.3, "average"] == 46.8
+    assert paper["dense", 0.0, "average"] == 58.3 and paper["self_distillation", 0.2, "average"] == 51.9
+    for table in (ablation, fidelity):
+        measured = table.long[table.long["source"] == "measured"]
+        assert set(measured["model"]) == {"smollm2-135m"}
+        assert set(table.long.loc[table.long["source"] == "paper", "model"]) == {"LLaMA-2-7B"}
+        assert all("paper" in name or "measured" in name for name in table.display.columns[3:])
+    row = fidelity.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
+    assert row["JS distance, paper: LLaMA-2-7B"] == "0.243"
+    assert "columns may be swapped" in row["Remark on the paper's value"]
+    assert set(criterion.long["source"]) == {"measured"}
+
+
+def test_paired_table_counts_its_family_and_corrects_for_it(paired):
+    average = paired.long[paired.long["column"] == "average"]
+    assert len(average) == 9 and (average["p_holm"] >= average["p"]).all()
+    assert "9 comparisons" in paired.notes[1]
+    assert set(paired.long["column"]) == {
+        "average",
+        "perplexity:c4",
+        "perplexity:wikitext",
+        "js:c4",
+        "js:wikitext",
+        "kl:c4",
+        "kl:wikitext",
+    }
+
+
+def test_verdicts_follow_the_interval_and_the_direction(paired):
+    for row in paired.long.to_dict("records"):
+        crosses = row["low"] <= 0 <= row["high"]
+        assert crosses == (row["verdict"] == "interval crosses zero")
+        if not crosses:
+            lower_is_better = row["measure"] != "average"
+            better = row["a"] if (row["mean"] < 0) == lower_is_better else row["b"]
+            assert row["verdict"].startswith(tables.label(better))
+
+
+def test_difference_of_log_perplexity_is_that_of_the_cells(criterion, paired):
+    pair = "column == 'perplexity:c4' and a == 'entropy' and b == 'one_hot_ce' and ratio == 0.2"
+    row = paired.long.query(pair).iloc[0]
+    ours = np.log(cell(criterion, "perplexity:c4")["mean"] / cell(criterion, "perplexity:c4", "one_hot_ce")["mean"])
+    assert row["mean"] == pytest.approx(ours)
+
+
+def test_protocol_names_what_a_reader_must_know(results):
+    note = measurements.protocol_note(results)
+    for fact in (
+        "smollm2-135m",
+        "bfloat16",
+        "lm-eval 0.4.12",
+        "acc_norm",
+        "0-shot",
+        "version 1.0",
+        "30 of 1000 items",
+        "BOS yes",
+        "seeds: 0, 1, 2",
+        "30 windows of c4 (511 tokens each)",
+        "dequantised",
+        "achieved 19.98 %",
+    ):
+        assert fact in note, fact
+
+
+def test_written_files_are_complete_and_reproducible(criterion, paired, tmp_path):
+    for folder in ("one", "two"):
+        for table in (criterion, paired, tables.ablation_table(criterion), tables.fidelity_table(criterion)):
+            table.write(tmp_path / folder)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(
+        f"{table}.{ending}" for table in ("ablation", "criterion", "fidelity", "paired") for ending in ("csv", "html", "md")
+    )
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    read = pd.read_csv(tmp_path / "one" / "criterion.csv")
+    assert read["mean"].to_numpy() == pytest.approx(criterion.long["mean"].to_numpy(), nan_ok=True)
+    assert "Protocol." in (tmp_path / "one" / "ablation.md").read_text()
+    assert "<table" in (tmp_path / "one" / "criterion.html").read_text()
+
+
+def test_findings_repeat_the_tables_and_claim_no_more(criterion, paired):
+    sentences = tables.findings(criterion, paired)
+    assert any(tables.format_cell(cell(criterion, "average")) in sentence for sentence in sentences)
+    assert any("prints +0.5 points for Entropy (HFPrune) minus One-hot CE at 20 %" in s for s in sentences)
+    undecided = paired.long.assign(verdict="interval crosses zero")
+    claims = tables.findings(criterion, tables.Table("paired", "", undecided, paired.display, ()))
+    assert not any(" better" in sentence for sentence in claims)
+
+
+def test_crows_pairs_is_no_accuracy_and_gets_a_second_average(tmp_path):
+    tasks = {"boolq": "acc", "crows_pairs_english": "pct_stereotype"}
+    folders = synthetic.study(tmp_path, ("entropy",), (0.2,), tasks=tasks)
+    table = tables.criterion_table(measurements.collect(folders), **FAST)
+    assert cell(table, "average_without_crows")["mean"] == pytest.approx(cell(table, "boolq")["mean"])
+    assert cell(table, "average")["mean"] != cell(table, "average_without_crows")["mean"]
+
+
+def test_only_tasks_of_every_model_enter_the_average(tmp_path):
+    folders = synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,))
+    items = pd.read_parquet(folders[1] / "items.parquet")
+    items[items["task"] != "boolq"].to_parquet(folders[1] / "items.parquet")
+    table = tables.criterion_table(measurements.collect(folders), **FAST)
+    assert "average of 3 tasks, %" in table.display and table.display.loc[1, "boolq acc, %"] == tables.ABSENT
+
+
+@pytest.mark.parametrize("removed", ["items", "perplexity", "fidelity", "next_tokens"])
+def test_a_study_without_one_kind_of_measurement_says_so(tmp_path, removed):
+    folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.2,))
+    for path in tmp_path.glob(f"*/{removed}.parquet"):
+        path.unlink()
+    results = measurements.collect(folders)
+    criterion, paired = tables.criterion_table(results, **FAST), tables.paired_table(results, **FAST)
+    tables.ablation_table(criterion).markdown()
+    tables.fidelity_table(criterion).markdown()
+    tables.findings(criterion, paired)
+    assert removed == "next_tokens" or "No " in measurements.protocol_note(results)
+
+
+def test_one_criterion_one_seed_and_no_dense_model(tmp_path):
+    results = measurements.collect(synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,), dense=False))
+    criterion, paired = tables.criterion_table(results, **FAST), tables.paired_table(results, **FAST)
+    assert paired.long.empty and "nothing to compare" in paired.notes[0] and "No rows." in paired.markdown()
+    assert "dense model was not evaluated" in criterion.markdown()
+    assert tables.findings(criterion, paired)
+
+
+def test_only_the_dense_model(tmp_path):
+    results = measurements.collect(synthetic.study(tmp_path, ()))
+    criterion = tables.criterion_table(results, **FAST)
+    assert "Nothing of this table was measured" in tables.fidelity_table(criterion).markdown()
+    assert list(criterion.display["Criterion"]) == ["Dense"]
+
+
+def test_two_models_stay_apart(tmp_path):
+    pair = ("entropy", "one_hot_ce")
+    folders = [f for m in ("a/one", "two") for f in synthetic.study(tmp_path / m, pair, (0.2,), model=m)]
+    results = measurements.collect(folders)
+    criterion, paired = tables.criterion_table(results, **FAST), tables.paired_table(results, **FAST)
+    assert list(criterion.display["Model"].unique()) == ["a/one", "two"] and "Model" in paired.display
+    assert list(tables.ablation_table(criterion).display["Model"].unique()) == ["a/one", "two"]
+
+
+def test_a_model_that_broke_shows_not_finite(tmp_path):
+    folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.2,), seeds=(0,))
+    windows = pd.read_parquet(folders[1] / "perplexity.parquet")
+    windows.assign(nll=np.nan).to_parquet(folders[1] / "perplexity.parquet")
+    results = measurements.collect(folders)
+    assert "not finite" in tables.criterion_table(results, **FAST).markdown()
+    assert "not finite" in tables.paired_table(results, **FAST).markdown()
+
+
+def test_order_of_the_folders_does_not_matter(tmp_path):
+    folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.1, 0.2))
+    one, two = (tables.criterion_table(measurements.collect(order), **FAST) for order in (folders, folders[::-1]))
+    pd.testing.assert_frame_equal(one.long, two.long)
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="evaluations is empty"):
+        measurements.collect([])
+    with pytest.raises(UserError, match="no summary.json"):
+        measurements.collect([tmp_path])
+    folder = synthetic.evaluation(tmp_path / "dense")
+    shutil.copytree(folder, tmp_path / "again")
+    with pytest.raises(UserError, match="more than once"):
+        measurements.collect([folder, tmp_path / "again"])
+    pd.DataFrame({"task": ["boolq"]}).to_parquet(folder / "items.parquet")
+    with pytest.raises(UserError, match="lacks the column 'doc_id'"):
+        measurements.collect([folder])
+    (folder / "items.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(UserError, match="damaged"):
+        measurements.collect([folder])
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        measurements.collect([folder])
+    (folder / "summary.json").write_text(json.dumps({"model": "x"}))
+    with pytest.raises(UserError, match="lacks 'criterion'"):
+        measurements.collect([folder])
+    with pytest.raises(UserError, match="missing"):
+        tables.published(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize(
+    "mean, measure, text",
+    [
+        (46.23, "task", "46.2"),
+        (0.2409, "js", "0.241"),
+        (12.345, "perplexity", "12.35"),
+        (345.67, "perplexity", "345.7"),
+        (4321.0, "perplexity", "4321"),
+        (1.234e7, "perplexity", "1.23e+07"),
+        (np.nan, "js", "–"),
+    ],
+)
+def test_cells_show_as_many_decimals_as_they_support(mean, measure, text):
+    assert tables.format_cell({"mean": mean, "low": np.nan, "high": np.nan, "measure": measure}) == text

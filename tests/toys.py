@@ -1,0 +1,104 @@
+"""A toy project: notebooks with the kit's stages and parameter names that only do arithmetic, and a study file."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import yaml
+
+CALIBRATION = (
+    'study: str = "toy"\nmodel: str = "tiny"\ncorpus: str = "text"\nn_windows: int = 4\nseed: int = 0\nlength: float = 1.0',
+    "(corpus, n_windows, seed, length)",
+)
+SCORING = (
+    'study: str = "toy"\nmodel: str = "tiny"\ncalibration: str = ""\ncriteria: list = ["entropy"]\nseed: int = 0\n'
+    'dtype: str = "float32"\ndevice: str = "cpu"',
+    "(read(run.inputs['calibration']), criteria)",
+)
+PRUNING = (
+    'study: str = "toy"\nmodel: str = "tiny"\nscores: str = ""\ncriterion: str = "entropy"\nratio: float = 0.2\n'
+    'neuron_ratio: float = 0.0\nseed: int = 0\ndevice: str = "cpu"',
+    "(read(run.inputs['scores']), criterion, ratio)",
+)
+EVALUATION = (
+    'study: str = "toy"\nmodel: str = "tiny"\npruned: str = ""\nreference: str = ""\ntasks: list[str] = ["choice"]\n'
+    "limit: any = None\nseed: int = 0",
+    "(read(run.inputs['pruned']), read(run.inputs['reference']), tasks)",
+)
+FIGURES = (
+    'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []\ntitle: str = "Toy"',
+    "[read(artifact) for artifact in run.inputs['evaluations']]",
+)
+STEP = """\
+from hfprune_nb import stage
+
+run = stage.start("{stage}", study, {passed})
+
+def read(artifact):
+    return artifact and artifact.path("value.txt").read_text()
+"""
+COMPUTE = """\
+{before}
+if not run.done:
+    value = repr({value})
+    run.path("value.txt").write_text(value)
+    run.path("tables/table.csv").write_text(value)
+    run.path("figures/figure.png").write_bytes(b"png")
+    run.finish(device="cpu")
+print(run.describe())
+"""
+
+
+def write_notebook(path: Path, parameters: str, *cells: str, tags=("parameters",)) -> Path:
+    """Write a notebook: a tagged parameters cell and code cells."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": list(tags)})]
+    notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_stage(project: Path, stage: str, file: str, toy: tuple[str, str], before: str = "") -> Path:
+    """Write the toy notebook of a stage; `before` is code that runs ahead of its computation."""
+    parameters, value = toy
+    names = [line.split(":")[0] for line in parameters.splitlines() if not line.startswith("study")]
+    start = STEP.format(stage=stage, passed=", ".join(f"{name}={name}" for name in names))
+    compute = COMPUTE.format(before=before, value=value)
+    return write_notebook(project / "notebooks" / file, parameters, start, compute)
+
+
+def write_project(project: Path) -> Path:
+    """Write the five toy notebooks and the study `toy` (13 cells: 2 seeds, entropy and magnitude, 1 ratio)."""
+    write_stage(project, "calibration", "01_calibration.ipynb", CALIBRATION)
+    write_stage(project, "scoring", "02_scoring.ipynb", SCORING)
+    write_stage(project, "pruning", "03_pruning.ipynb", PRUNING)
+    write_stage(project, "evaluation", "05_evaluation.ipynb", EVALUATION)
+    write_stage(project, "figures", "06_figures.ipynb", FIGURES)
+    write_study(project)
+    return project
+
+
+def write_study(project: Path, name: str = "toy", /, **changes) -> Path:
+    """Write a study file with some keys changed; a key set to None is left out."""
+    content = {
+        "description": "toy study",
+        "models": ["tiny"],
+        "seeds": [0, 1],
+        "criteria": ["entropy", "magnitude"],
+        "ratios": [0.2],
+        "evaluation": {"tasks": ["choice", "other"]},
+        "run": {"workers": 2, "offline": True},
+    } | changes
+    path = project / "notebooks" / "studies" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+def outputs(notebook: Path) -> str:
+    """Return the printed text and the tracebacks of an executed notebook."""
+    cells = json.loads(notebook.read_text())["cells"]
+    parts = [output for cell in cells for output in cell.get("outputs", ())]
+    return "\n".join("".join(part.get("text", part.get("traceback", ()))) for part in parts)
