@@ -264,6 +264,7 @@ def protocol_note(results: Results) -> str:
     settings = [f"{name} {value}" for name, value in values.items() if value]
     sentences.append("Settings: " + ", ".join(settings) + "." if settings else "")
     seeds = sorted(set(results.models["seed"]) - {-1})
+    sentences += list(dict.fromkeys(_scoring_sentence(protocol) for protocol in results.protocols))
     sentences.append(f"Calibration seeds: {', '.join(map(str, seeds))}." if seeds else "No calibration seed.")
     for model in results.model_names:
         facts = results.tasks[results.tasks["model"] == model]
@@ -280,6 +281,18 @@ def protocol_note(results: Results) -> str:
         if told:
             sentences.append(f"{name} on {', '.join(told)}.")
     return "Protocol. " + " ".join(s for s in [*sentences, *results.notes] if s)
+
+
+def _scoring_sentence(protocol: dict) -> str:
+    if not (text := protocol.get("calibration")):
+        return ""  # the dense model is not scored
+    words = f"Scored on {text['n_windows']} windows of {text['seq_len']} tokens of {text['corpus']}"
+    if setting := protocol.get("scoring"):
+        words += (
+            f" in {setting['dtype']}; self-distillation with alpha {setting['alpha']:g}, temperature {setting['temperature']:g}, "
+            f"after a first stage of {percent(setting['first_stage_ratio'])} of the neurons"
+        )
+    return words + "."
 
 
 def _values(protocols: list[dict], key: str) -> str:

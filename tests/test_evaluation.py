@@ -1,0 +1,377 @@
+"""Fidelity against scipy, held-out text against plain cross-entropy, benchmark answers against lm-eval's own model."""
+
+import lm_eval
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from scipy.spatial.distance import jensenshannon
+from scipy.special import rel_entr, softmax
+
+from hfprune_nb import evaluation, fidelity, models, tasks
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs.benchmarks import BENCHMARKS
+from hfprune_nb.measure.harness import SharedPrefixLM
+
+TOLERANCE = 1e-3  # absolute, in nats of a whole continuation; float32 sums in another order differ by about 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiny_alias(tmp_path_factory):
+    """The smoke study's random model and its tokenizer, in float32, written to a cache of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HFPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return models.load(models.TINY, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    return models.load("smollm2-135m", dtype="float32", device="cpu")
+
+
+def random_logits(positions, vocabulary, seed, scale=3.0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, scale, (positions, vocabulary)))
+
+
+# Fidelity
+
+
+def test_js_and_kl_equal_scipy():
+    ours, dense = random_logits(7, 50, 0), random_logits(7, 50, 1)
+    found = fidelity.compare(ours, dense)
+    p, q = softmax(ours.numpy(), axis=1), softmax(dense.numpy(), axis=1)
+    np.testing.assert_allclose(found["js"], jensenshannon(p, q, base=2, axis=1), rtol=1e-10)
+    np.testing.assert_allclose(found["kl"], rel_entr(q, p).sum(axis=1), rtol=1e-10)
+
+
+def test_float32_logits_of_a_large_vocabulary_keep_five_digits():
+    ours, dense = random_logits(3, 50_000, 2), random_logits(3, 50_000, 3)
+    wide, narrow = fidelity.compare(ours, dense), fidelity.compare(ours.float(), dense.float())
+    pd.testing.assert_frame_equal(wide, narrow, rtol=1e-5)
+
+
+def test_jaccard_and_agreement_on_cases_made_by_hand():
+    dense = -torch.arange(40.0).repeat(5, 1)  # token 0 is the likeliest, the top 15 are tokens 0 to 14
+    ours = dense.clone()
+    ours[1] = torch.arange(40.0)  # the top 15 are tokens 25 to 39: nothing is shared
+    ours[2, 14] = -100.0  # token 15 takes the place of token 14: 14 shared of 16
+    ours[3, 0] = -0.5  # still the likeliest
+    ours[4, 0] = -1.5  # token 1 is now the likeliest, the same 15 tokens
+    found = fidelity.compare(ours, dense)
+    np.testing.assert_allclose(found["jaccard15"], [1, 0, 14 / 16, 1, 1])
+    np.testing.assert_array_equal(found["top1"], [1, 0, 1, 1, 0])
+
+
+def test_a_vocabulary_smaller_than_the_top_is_compared_whole():
+    found = fidelity.compare(random_logits(4, 9, 4), random_logits(4, 9, 5))
+    np.testing.assert_array_equal(found["jaccard15"], 1.0)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-7), (torch.float32, 5e-4)])
+def test_identical_logits_are_at_no_distance(dtype, rounding):
+    """The distance is a square root, so it rounds to the square root of the dtype's own rounding."""
+    logits = random_logits(6, 100, 6).to(dtype)
+    found = fidelity.compare(logits, logits.clone())
+    assert (found["js"] < rounding).all() and (found["kl"] == 0).all()
+    assert (found["jaccard15"] == 1).all() and (found["top1"] == 1).all()
+
+
+def test_a_constant_added_to_the_logits_changes_nothing():
+    ours, dense = random_logits(4, 30, 7), random_logits(4, 30, 8)
+    pd.testing.assert_frame_equal(fidelity.compare(ours + 5, dense - 3), fidelity.compare(ours, dense), rtol=1e-9)
+
+
+def test_distributions_without_common_tokens_are_at_distance_one():
+    ours, dense = torch.full((1, 40), -200.0), torch.full((1, 40), -200.0)
+    ours[0, :20], dense[0, 20:] = 0.0, 0.0
+    found = fidelity.compare(ours, dense).iloc[0]
+    assert found["js"] == pytest.approx(1.0, abs=1e-6)
+    assert found["kl"] == pytest.approx(200.0, rel=1e-5)
+    assert found["jaccard15"] == found["top1"] == 0
+
+
+logit_pairs = st.integers(1, 60).flatmap(
+    lambda size: st.tuples(*(arrays(np.float32, (2, size), elements=st.floats(-60, 60, width=32)) for _ in range(2)))
+)
+
+
+@given(logit_pairs)
+@settings(deadline=None, max_examples=100)
+def test_fidelity_stays_within_its_bounds(pair):
+    ours, dense = (torch.from_numpy(logits) for logits in pair)
+    found, swapped = fidelity.compare(ours, dense), fidelity.compare(dense, ours)
+    assert list(found.columns) == list(fidelity.METRICS) and len(found) == 2
+    assert found[["js", "jaccard15", "top1"]].stack().between(0, 1).all()
+    assert (found["kl"] >= 0).all() and np.isfinite(found["kl"]).all()
+    np.testing.assert_allclose(found["js"], swapped["js"], atol=1e-3)
+    np.testing.assert_array_equal(found["jaccard15"], swapped["jaccard15"])
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_positions_are_even_and_end_with_the_last(seq_len, count):
+    places = fidelity.positions(seq_len, count)
+    assert len(places) == min(count, seq_len)
+    assert places[-1] == seq_len - 1 and places[0] >= 0
+    steps = np.diff(places)
+    assert (steps > 0).all() and (len(steps) == 0 or steps.max() - steps.min() <= 1)
+
+
+# Held-out text
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "float64"), ("gemma", "float32"), ("phi3", "float64")])
+def test_likelihoods_equal_plain_cross_entropy(tiny, token_windows, architecture, dtype):
+    model = tiny(architecture, dtype)
+    found = evaluation.held_out(model, token_windows, progress=False).perplexity
+    assert found["window"].tolist() == list(range(9)) and (found["tokens"] == 11).all()
+    for row, window in enumerate(torch.from_numpy(token_windows)):
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum")
+        assert found["nll"][row] == pytest.approx(float(expected), rel=1e-12 if dtype == "float64" else 1e-5)
+
+
+def test_batch_size_changes_nothing(tiny, token_windows):
+    model = tiny("llama-tied", "float64")
+    other = tiny("llama-tied", "float64", initializer_range=0.2)
+    reference, dense_head = evaluation.held_out(other, token_windows, 5, progress=False).hidden, models.head(other)
+    one, four, all_at_once = (
+        evaluation.held_out(model, token_windows, 5, reference, dense_head, batch_size, progress=False)
+        for batch_size in (1, 4, 9)
+    )
+    for found in (four, all_at_once):
+        pd.testing.assert_frame_equal(found.perplexity, one.perplexity, rtol=1e-12)
+        pd.testing.assert_frame_equal(found.fidelity, one.fidelity, rtol=1e-10)
+        torch.testing.assert_close(found.hidden, one.hidden)
+
+
+def test_a_model_is_its_own_exact_reference(tiny, token_windows):
+    model = tiny("qwen2")
+    dense = evaluation.held_out(model, token_windows, 4, progress=False)
+    assert dense.fidelity is None and dense.hidden.shape == (9, 4, 16)
+    again = evaluation.held_out(model, token_windows, 4, dense.hidden, models.head(model), progress=False)
+    assert (again.fidelity["positions"] == 4).all()
+    assert (again.fidelity["kl"] < 1e-6).all() and (again.fidelity["js"] < 5e-4).all()
+    np.testing.assert_array_equal(again.fidelity[["jaccard15", "top1"]], 1)
+    pd.testing.assert_frame_equal(again.perplexity, dense.perplexity)
+
+
+def test_fidelity_equals_both_models_compared_directly(tiny, token_windows):
+    model, dense = tiny("llama", "float64"), tiny("llama", "float64", initializer_range=0.1)
+    reference = evaluation.held_out(dense, token_windows, 6, progress=False).hidden
+    found = evaluation.held_out(model, token_windows, 6, reference, models.head(dense), progress=False).fidelity
+    places = fidelity.positions(12, 6)
+    for row, window in enumerate(torch.from_numpy(token_windows)):
+        with torch.no_grad():
+            logits, dense_logits = (network(input_ids=window[None]).logits[0, places] for network in (model, dense))
+        expected = fidelity.compare(logits, dense_logits).mean()
+        np.testing.assert_allclose(found.loc[row, list(fidelity.METRICS)].astype(float), expected, rtol=1e-9)
+
+
+def test_the_stored_reference_is_read_back_unchanged(tiny, token_windows, tmp_path):
+    from hfprune_nb import pruning
+
+    hidden = {"one": evaluation.held_out(tiny(), token_windows, 3, progress=False).hidden, "two": torch.zeros(2, 3, 16)[:, ::2]}
+    evaluation.save_reference(hidden, tmp_path / "reference.safetensors")
+    read = pruning.load_tensors(tmp_path / "reference.safetensors")
+    assert read.keys() == hidden.keys() and all(torch.equal(read[corpus], hidden[corpus]) for corpus in hidden)
+
+
+@pytest.mark.parametrize(("windows", "compared"), [(8, 4), (9, 5)])
+def test_a_reference_of_other_windows_is_refused(tiny, token_windows, windows, compared):
+    model = tiny()
+    reference = evaluation.held_out(model, token_windows[:windows], compared, progress=False).hidden
+    with pytest.raises(UserError, match="evaluate both with the same parameters") as caught:
+        evaluation.held_out(model, token_windows, 4, reference, models.head(model), progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_frames_of_several_corpora_are_stacked():
+    frames = {"b": pd.DataFrame({"window": [0, 1], "nll": [1.0, 2.0]}), "a": pd.DataFrame({"window": [0], "nll": [3.0]})}
+    stacked = evaluation.stack(frames)
+    assert stacked.columns.tolist() == ["corpus", "window", "nll"]
+    assert stacked["corpus"].tolist() == ["b", "b", "a"] and stacked["nll"].tolist() == [1.0, 2.0, 3.0]
+    assert evaluation.stack({}).columns.tolist() == ["corpus"]
+
+
+def test_next_tokens_are_the_largest_probabilities(tiny_alias):
+    model, tokenizer = tiny_alias
+    prompts = ("The sky is", "One and one make")
+    found = evaluation.next_tokens(model, tokenizer, prompts, top=7)
+    assert found.columns.tolist() == ["prompt_id", "prompt", "rank", "token", "probability"] and len(found) == 14
+    for number, prompt in enumerate(prompts):
+        rows = found[found["prompt_id"] == number]
+        assert (rows["prompt"] == prompt).all() and rows["rank"].tolist() == list(range(1, 8))
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            probability = torch.softmax(model(input_ids=ids).logits[0, -1], -1)
+        best = probability.topk(7)
+        np.testing.assert_allclose(rows["probability"], best.values, rtol=1e-5)
+        assert rows["token"].tolist() == [tokenizer.decode([token]) for token in best.indices.tolist()]
+
+
+def test_next_tokens_of_the_default_prompts(tiny_alias):
+    found = evaluation.next_tokens(*tiny_alias)
+    assert found.groupby("prompt_id").size().tolist() == [10] * len(evaluation.PROMPTS)
+    assert (found.groupby("prompt_id")["probability"].sum() <= 1 + 1e-6).all()
+
+
+# Benchmarks
+
+
+def stock(model, tokenizer, **options):
+    return HFLM(pretrained=model, tokenizer=tokenizer, softmax_dtype="float32", **options)
+
+
+def harness(language_model, chosen, limit=None):
+    """The harness's samples by task, for the tasks as the kit loads them."""
+    results = lm_eval.simple_evaluate(
+        model=language_model,
+        tasks=list(chosen.values()),
+        task_manager=TaskManager(include_defaults=False),
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    return results["samples"]
+
+
+def assert_same_answers(ours, theirs):
+    """Both lists of (log-likelihood, greedy) agree."""
+    np.testing.assert_allclose([value for value, _ in ours], [value for value, _ in theirs], rtol=0, atol=TOLERANCE)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+def test_items_equal_the_stock_model(tiny_alias):
+    model, tokenizer = tiny_alias
+    items, protocol = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"], "local", batch_size=5)
+    samples = harness(stock(model, tokenizer, batch_size=3), tasks.load_tasks(["smoke_choice"]))["smoke_choice"]
+    expected = pd.DataFrame(
+        {"task": "smoke_choice", "doc_id": s["doc_id"], "doc_hash": s["doc_hash"], "metric": metric, "value": s[metric]}
+        for s in samples
+        for metric in ("acc", "acc_norm")
+    )
+    pd.testing.assert_frame_equal(items, expected, check_dtype=False)
+    assert protocol["smoke_choice"] == {"metric": "acc_norm", "shots": 0, "version": 1.0, "items": 24, "source": "local"}
+
+
+def test_a_limit_takes_the_first_items(tiny_alias):
+    model, tokenizer = tiny_alias
+    everything, _ = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"])
+    first, protocol = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"], limit=5)
+    pd.testing.assert_frame_equal(first, everything[everything["doc_id"] < 5])
+    assert len(first) == 10 and protocol["smoke_choice"]["items"] == 24
+
+
+def test_no_task_gives_an_empty_table(tiny_alias):
+    items, protocol = evaluation.benchmark_items(*tiny_alias, [])
+    assert items.columns.tolist() == ["task", "doc_id", "doc_hash", "metric", "value"] and items.empty and protocol == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "words"),
+    [
+        (["smoke_choice"], {"limit": -1}, "limit -1 is negative"),
+        (["smoke_choise"], {"source": "local"}, "smoke_choice"),
+        (["smoke_choice"], {"source": "here"}, "source='here' is unknown"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_sentence(tiny_alias, names, changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        evaluation.benchmark_items(*tiny_alias, names, **changes)
+    assert "\n" not in str(caught.value)
+
+
+REQUESTS = [
+    ("The cat sat on the", " mat"),
+    ("The cat sat on the", " table and went to sleep at once"),
+    ("The cat sat on the", "."),
+    ("Two and two make", " four"),
+    ("The cat sat on the", " mat"),  # asked twice
+    ("A", "B"),
+    ("A", "C"),
+    ("", "No context at all"),
+    ("Why? " * 12, "Because."),
+    ("Why? " * 12, "Nobody knows, and nobody ever asked before today."),
+    ("naïve café:", " déjà vu"),
+    ("Trailing space ", "and a word"),
+]
+
+
+def answers(language_model, requests):
+    instances = [Instance("loglikelihood", {}, request, index) for index, request in enumerate(requests)]
+    return language_model.loglikelihood(instances, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("bos", [False, True])
+def test_shared_prefixes_change_no_answer(tiny_alias, batch_size, bos):
+    model, tokenizer = tiny_alias
+    ours = answers(SharedPrefixLM(model, tokenizer, batch_size, bos=bos), REQUESTS)
+    assert_same_answers(ours, answers(stock(model, tokenizer, batch_size=4, add_bos_token=bos), REQUESTS))
+    assert ours[0] == pytest.approx(ours[4], abs=TOLERANCE)
+
+
+def test_the_greedy_flag_is_set_for_greedy_continuations(tiny_alias):
+    model, tokenizer = tiny_alias
+    context = tokenizer("The cat sat on the", return_tensors="pt").input_ids
+    with torch.no_grad():
+        greedy = model.generate(context, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0].tolist()
+    context = context[0].tolist()
+    requests = [(None, context, greedy[len(context) :]), (None, context, greedy[len(context) : -1]), (None, context, [5, 5, 5])]
+    ours = SharedPrefixLM(model, tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [flag for _, flag in ours] == [True, True, False]
+    assert_same_answers(ours, stock(model, tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True))
+
+
+@pytest.mark.parametrize("max_length", [16, 24, 40])
+def test_what_does_not_fit_goes_to_the_stock_model(tiny_alias, max_length):
+    """Contexts that are cut, contexts that fit alone but not with all continuations, and short ones, in one call."""
+    model, tokenizer = tiny_alias
+    requests = [request for request in REQUESTS if len(tokenizer(request[1]).input_ids) <= max_length]
+    lengths = [len(tokenizer("".join(request)).input_ids) for request in requests]
+    assert min(lengths) <= max_length < max(lengths) and len(requests) >= 8
+    ours = answers(SharedPrefixLM(model, tokenizer, 4, max_length), requests)
+    assert_same_answers(ours, answers(stock(model, tokenizer, batch_size=4, max_length=max_length), requests))
+
+
+@pytest.mark.parametrize("architecture", ["llama-biases", "mistral", "qwen2", "qwen3", "gemma", "phi3"])
+def test_every_architecture_answers_as_the_stock_model(tiny, tiny_alias, architecture):
+    _, tokenizer = tiny_alias
+    model = tiny(architecture, vocab_size=384, **({"sliding_window": 20} if architecture == "mistral" else {}))
+    assert_same_answers(
+        answers(SharedPrefixLM(model, tokenizer, 4, 64), REQUESTS),
+        answers(stock(model, tokenizer, batch_size=4, max_length=64), REQUESTS),
+    )
+
+
+def test_rolling_likelihoods_equal_the_stock_model(tiny_alias):
+    """Perplexity tasks of the harness hand over windows without strings."""
+    model, tokenizer = tiny_alias
+    texts = ["Every neuron counts. " * 6, "Short."]
+    found = [
+        language_model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts], True)
+        for language_model in (SharedPrefixLM(model, tokenizer, 4, 32), stock(model, tokenizer, batch_size=4, max_length=32))
+    ]
+    np.testing.assert_allclose(*found, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_real_benchmark_items_equal_the_stock_model(registry, smollm, task):
+    model, tokenizer = smollm
+    limit = 4 if task in ("boolq", "hellaswag") else 8
+    chosen = tasks.load_tasks([task], "local")
+    ours = harness(SharedPrefixLM(model, tokenizer, 8), chosen, limit)[task]
+    theirs = harness(stock(model, tokenizer, batch_size=8), chosen, limit)[task]
+    assert len(ours) == len(theirs) == limit
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["doc_hash"] == other["doc_hash"] and one["arguments"] == other["arguments"]
+        assert_same_answers(one["filtered_resps"], other["filtered_resps"])
+        assert [one[metric] for metric in one["metrics"]] == [other[metric] for metric in other["metrics"]]
