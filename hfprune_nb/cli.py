@@ -100,7 +100,8 @@ def _assets_list(options) -> int:
 
     for asset in assets.list_assets():
         state = "cached" if assets.is_cached(asset.name) else "-"
-        _say(f"{asset.name:<22}  {asset.kind:<10}  {state:<7}  {asset.licence:<14}  {asset.description}")
+        size = f"{asset.size / 1e6:,.1f} MB"
+        _say(f"{asset.name:<20} {asset.kind:<10} {state:<7} {size:>11}  {asset.description} ({asset.licence})")
     return 0
 
 
