@@ -61,6 +61,25 @@ def test_one_pass_equals_the_naive_loop(architecture, tiny, token_windows):
     assert torch.equal(found[removed].argsort(), first[removed].argsort()), "the order of the first stage is lost"
 
 
+@pytest.mark.parametrize("architecture", ["llama-biases", "gemma", "phi3"])
+def test_weight_aggregation_equals_autograd_over_the_whole_model(architecture, tiny, token_windows):
+    model = tiny(architecture, dtype="float64")
+    scores = scoring.score(model, token_windows[:3], ["entropy", "one_hot_ce"], aggregation="weight", progress=False)
+    mlps = models.gated_mlps(model)
+    expected = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64)
+    model.requires_grad_(True)
+    for window in torch.as_tensor(token_windows[:3]):
+        log_p = torch.log_softmax(model(input_ids=window[None]).logits[0], -1)
+        model.zero_grad()
+        (-(log_p.exp() * log_p).sum(-1).mean()).backward()
+        for mlp in mlps:
+            parts = list(mlp.fused.weight.chunk(2)) if mlp.fused is not None else [mlp.gate.weight, mlp.up.weight]
+            slopes = list(mlp.fused.weight.grad.chunk(2)) if mlp.fused is not None else [mlp.gate.weight.grad, mlp.up.weight.grad]
+            change = mlp.down.weight.T * mlp.down.weight.grad.T + sum(w * g for w, g in zip(parts, slopes, strict=True))
+            expected[mlp.layer] += change.abs().mean(1).detach()
+    torch.testing.assert_close(scores.importance["entropy"], expected, rtol=1e-5, atol=1e-10)
+
+
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 9}, {"chunk_size": 1}, {"chunk_size": 1000}])
 def test_batches_and_chunks_do_not_change_scores(changes, tiny, token_windows):
     model = tiny("qwen3")
@@ -94,12 +113,13 @@ def test_same_arguments_give_the_same_bytes(tiny, token_windows, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_scoring_leaves_the_model_as_it_was(tiny, token_windows):
+@pytest.mark.parametrize("aggregation", scoring.AGGREGATIONS)
+def test_scoring_leaves_the_model_as_it_was(aggregation, tiny, token_windows):
     model = tiny("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    scoring.score(model, token_windows, THREE, progress=False)
+    scoring.score(model, token_windows, THREE, aggregation=aggregation, progress=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     assert not any(mlp.down._forward_pre_hooks for mlp in models.gated_mlps(model))
 
 
@@ -155,6 +175,11 @@ def test_broken_weights_and_dead_models_are_refused(tiny, token_windows):
     dead.lm_head.weight.data.zero_()
     with pytest.raises(UserError, match="equal"):
         scoring.score(dead, token_windows, ["entropy"], progress=False)
+
+
+def test_an_unknown_aggregation_is_refused(tiny, token_windows):
+    with pytest.raises(UserError, match="aggregation"):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], aggregation="activations", progress=False)
 
 
 @pytest.mark.parametrize(

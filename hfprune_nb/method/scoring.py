@@ -21,6 +21,8 @@ from hfprune_nb.method.activations import replaced, silenced
 from hfprune_nb.method.pruning import allocate, check_importance, full_disk_in_one_sentence, kept_neurons, load_tensors
 from hfprune_nb.progress import bar
 
+AGGREGATIONS = ("activation", "weight")
+
 
 @dataclasses.dataclass
 class Scores:
@@ -64,7 +66,8 @@ def score(
     criteria: list[str],
     *,
     batch_size: int = 4,
-    chunk_size: int = 512,
+    chunk_size: int = 128,
+    aggregation: str = "activation",
     alpha: float = 1.0,
     temperature: float = 1.0,
     first_stage_ratio: float = 0.025,
@@ -78,15 +81,21 @@ def score(
     windows : (windows, seq) token ids; may be empty when no criterion reads text.
     batch_size : windows in one forward pass; chunk_size : positions whose logits exist at once. Neither changes the scores
         beyond float error.
+    aggregation : `activation` is HFPrune's, `sum over tokens of |h * dC/dh|`. `weight` is SDMPrune's, `mean over the hidden
+        dimension of the sum over windows of |g_down * w_down + g_up * w_up + g_gate * w_gate|`, g being the gradient of C for a
+        weight; it takes one window at a time and memory for the gradients of all MLP weights.
     alpha, temperature : of `self_distillation`, whose student has lost the `first_stage_ratio` of its neurons with the lowest
         one-hot cross-entropy importance (SDMPrune's first stage; 3.9 instead of 4.0 times hidden size is 2.5 %). Neurons removed
         there rank last, in the order of the first stage.
     seed : of the `random` criterion.
 
-    Raises UserError for an unknown criterion, an unsupported architecture, missing text, or scores that are NaN or all equal.
+    Raises UserError for an unknown criterion or aggregation, an unsupported architecture, missing text, or scores that are NaN
+    or all equal.
     """
     if not criteria:
         raise UserError(f"criteria is empty: name at least one of {', '.join(registry.names())}.")
+    if aggregation not in AGGREGATIONS:
+        raise UserError(f"aggregation '{aggregation}' is unknown: choose one of {', '.join(AGGREGATIONS)}.")
     chosen = [registry.create(name, alpha=alpha, temperature=temperature) for name in dict.fromkeys(criteria)]
     mlps = gated_mlps(model)
     from_weights = [criterion for criterion in chosen if isinstance(criterion, registry.WeightCriterion)]
@@ -102,7 +111,7 @@ def score(
     first_stage = registry.create("one_hot_ce")
     if taught and first_stage.name not in [criterion.name for criterion in plain]:
         plain.append(first_stage)
-    settings = {"batch_size": batch_size, "chunk_size": chunk_size}
+    settings = {"aggregation": aggregation, "batch_size": batch_size, "chunk_size": chunk_size}
     # The dense model is read once; with a teacher, teacher and student read the windows once more each.
     tokens = np.size(windows) * (bool(plain) + 2 * bool(taught))
     with bar(tokens, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar:
@@ -122,12 +131,15 @@ def score(
     return Scores(importance, mean_value, tokens, time.perf_counter() - started)
 
 
-def _score_pass(model, windows, group, student, progress_bar, *, batch_size, chunk_size):
+def _score_pass(model, windows, group, student, progress_bar, *, aggregation, batch_size, chunk_size):
     """Score `group` on all windows: of the dense model, or of the `student`, which keeps only those neurons."""
     mlps, model_head = gated_mlps(model), head(model)
     device = mlps[0].down.weight.device
     totals = {c.name: torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64, device=device) for c in group}
     values = dict.fromkeys(totals, 0.0)
+    score_batch = _score_activations if aggregation == "activation" else _score_weights
+    if aggregation == "weight":
+        batch_size = 1  # the absolute value is taken of each window's own gradient
     for start in range(0, len(windows), batch_size):
         batch = torch.as_tensor(np.array(windows[start : start + batch_size]), dtype=torch.long, device=device)
         teacher_hidden = None
@@ -137,12 +149,12 @@ def _score_pass(model, windows, group, student, progress_bar, *, batch_size, chu
                 teacher_hidden = final_hidden(model, batch)
             progress_bar.update(batch.numel())
         with silenced(model, student) if student is not None else contextlib.nullcontext():
-            _score_batch(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values)
+            score_batch(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values)
         progress_bar.update(batch.numel())
     return {name: total.cpu() for name, total in totals.items()}, {name: value / len(windows) for name, value in values.items()}
 
 
-def _score_batch(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values):
+def _score_activations(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values):
     watched = {}
 
     def watch(layer, hidden):
@@ -170,6 +182,31 @@ def _score_batch(model, model_head, batch, group, teacher_hidden, chunk_size, to
         watched[0].grad = None
     # The hooks and the activations refer to each other across the C++ graph, which no garbage collector would free.
     watched.clear()
+
+
+def _score_weights(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values):
+    mlps = gated_mlps(model)
+    modules = [[*mlp.inputs, mlp.down] for mlp in mlps]
+    weights = [module.weight.requires_grad_() for layer in modules for module in layer]
+    try:
+        with torch.enable_grad():
+            hidden = final_hidden(model, batch)
+        gradients, sums = _hidden_gradients(group, model_head, batch, hidden.detach(), teacher_hidden, chunk_size)
+        for index, criterion in enumerate(group):
+            positions = _positions(criterion, batch)
+            values[criterion.name] += sums[index] / positions
+            hidden.backward(gradients[index].view_as(hidden), inputs=weights, retain_graph=index < len(group) - 1)
+            for mlp, (*inputs, down) in zip(mlps, modules, strict=True):
+                change = (down.weight.grad.float() * down.weight).t()
+                for module in inputs:
+                    product = module.weight.grad.float() * module.weight
+                    change = change + (product[: mlp.width] + product[mlp.width :] if mlp.fused is not None else product)
+                totals[criterion.name][mlp.layer] += change.abs().mean(dim=1).double() / positions
+            for weight in weights:
+                weight.grad = None
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
 
 
 def _positions(criterion, batch):

@@ -289,7 +289,7 @@ def _scoring_sentence(protocol: dict) -> str:
     words = f"Scored on {text['n_windows']} windows of {text['seq_len']} tokens of {text['corpus']}"
     if setting := protocol.get("scoring"):
         words += (
-            f" in {setting['dtype']}; self-distillation with alpha {setting['alpha']:g}, temperature {setting['temperature']:g}, "
+            f" in {setting['dtype']}, aggregated by {setting['aggregation']}; self-distillation with alpha {setting['alpha']:g}, temperature {setting['temperature']:g}, "
             f"after a first stage of {percent(setting['first_stage_ratio'])} of the neurons"
         )
     return words + "."
