@@ -288,10 +288,9 @@ def _scoring_sentence(protocol: dict) -> str:
         return ""  # the dense model is not scored
     words = f"Scored on {text['n_windows']} windows of {text['seq_len']} tokens of {text['corpus']}"
     if setting := protocol.get("scoring"):
-        words += (
-            f" in {setting['dtype']}, aggregated by {setting['aggregation']}; self-distillation with alpha {setting['alpha']:g}, temperature {setting['temperature']:g}, "
-            f"after a first stage of {percent(setting['first_stage_ratio'])} of the neurons"
-        )
+        words += f" in {setting['dtype']}, aggregated by {setting['aggregation']}; self-distillation with alpha"
+        words += f" {setting['alpha']:g}, temperature {setting['temperature']:g}, after a first stage of"
+        words += f" {percent(setting['first_stage_ratio'])} of the neurons"
     return words + "."
 
 
