@@ -139,13 +139,23 @@ def _study_run(options) -> int:
         logger = logging.getLogger("hfprune_nb.runs")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    if options.fetch and any(outcome.state != "done" for outcome in study.status(loaded)):
-        _fetch_missing(loaded.assets)
+    if any(outcome.state != "done" for outcome in study.status(loaded)):
+        _check_criteria(loaded.criteria)
+        if options.fetch:
+            _fetch_missing(loaded.assets)
     summary = study.run(loaded, options.workers, progress=on_terminal)
     _say(summary.text())
     if loaded.folder.is_dir():
         _say(f"results: {loaded.folder}")
     return 0 if summary.ok else 1
+
+
+def _check_criteria(names: list[str]) -> None:
+    # Here and not in the study's loader, which must not wait for torch when everything is done.
+    from hfprune_nb.method import criteria
+
+    for name in names:
+        criteria.create(name)
 
 
 def _fetch_missing(names: list[str]) -> None:

@@ -35,7 +35,7 @@ def assets(monkeypatch):
         if name != "model":
             raise UserError(f"unknown asset {name!r}: did you mean 'model'?")
 
-    asset = SimpleNamespace(name="model", kind="model", description="a toy", licence="MIT", note="", files=())
+    asset = SimpleNamespace(name="model", kind="model", description="a toy", licence="MIT", size=1_000_000)
     module = SimpleNamespace(
         list_assets=lambda: [asset],
         get=get,
@@ -177,3 +177,11 @@ def test_status_imports_nothing_heavy(project):
         "assert not {'torch', 'transformers', 'papermill', 'pandas', 'nbconvert'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)
+
+
+def test_an_unknown_criterion_stops_a_study_before_anything_runs(project, assets, no_cells, capsys):
+    path = toys.write_study(project, criteria=["entropie"])
+    assert cli.main(["study", "run", str(path)]) == 2
+    said = capsys.readouterr()
+    assert "did you mean 'entropy'" in said.err and said.err.count("\n") == 1
+    assert assets.fetched == []

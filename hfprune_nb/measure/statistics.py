@@ -141,7 +141,7 @@ def wilcoxon(differences) -> float:
 
 
 def item_differences(a: pd.DataFrame, b: pd.DataFrame) -> np.ndarray:
-    """Return the exact two-sided sign test p-value of paired differences without ties; for 0/1 answers McNemar's."""
+    """Return A - B of every item that both frames hold, shape (items,), averaged over the seeds that both hold."""
     return _align(_pair(a, b)).values.mean(axis=0)
 
 

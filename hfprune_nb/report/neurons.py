@@ -56,10 +56,10 @@ def _read(folder: Path, facts_name: str, tensors_name: str | None = None) -> tup
 def importance_bins(importance: np.ndarray, n_bins: int = 100) -> np.ndarray:
     """Return each layer's importance sorted from high to low and averaged in bins, relative to the model's mean.
 
-    `importance` has the shape (layers, intermediate_size), the result (layers, n_bins). Neurons without a finite score
-    (removed before scoring ended) are left out of the means.
+    `importance` has the shape (layers, intermediate_size), the result (layers, n_bins). Neurons without a score
+    (not finite, or negative because the first stage of self-distillation removed them) are left out of the means.
     """
-    finite = np.where(np.isfinite(importance), importance, np.nan)
+    finite = np.where(np.isfinite(importance) & (importance >= 0), importance, np.nan)
     descending = -np.sort(-finite, axis=1)
     parts = np.array_split(descending, min(n_bins, importance.shape[1]), axis=1)
     filled = [np.isfinite(part).sum(axis=1) for part in parts]
