@@ -31,7 +31,7 @@ def tiny_alias(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def smollm():
+def smollm(registry):
     return models.load("smollm2-135m", dtype="float32", device="cpu")
 
 
@@ -190,6 +190,19 @@ def test_a_reference_of_other_windows_is_refused(tiny, token_windows, windows, c
     with pytest.raises(UserError, match="evaluate both with the same parameters") as caught:
         evaluation.held_out(model, token_windows, 4, reference, models.head(model), progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_reference_of_another_model_is_refused(tiny, token_windows):
+    reference = evaluation.held_out(tiny(hidden_size=32), token_windows, 4, progress=False).hidden
+    model = tiny()
+    with pytest.raises(UserError, match="do not fit the dense model's head"):
+        evaluation.held_out(model, token_windows, 4, reference, models.head(model), progress=False)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"batch_size": -1}, {"compared_positions": 0}])
+def test_sizes_below_one_are_refused(tiny, token_windows, changes):
+    with pytest.raises(UserError, match="at least 1"):
+        evaluation.held_out(tiny(), token_windows, progress=False, **changes)
 
 
 def test_frames_of_several_corpora_are_stacked():
@@ -364,7 +377,7 @@ def test_rolling_likelihoods_equal_the_stock_model(tiny_alias):
 
 @pytest.mark.registry
 @pytest.mark.parametrize("task", BENCHMARKS)
-def test_real_benchmark_items_equal_the_stock_model(registry, smollm, task):
+def test_real_benchmark_items_equal_the_stock_model(smollm, task):
     model, tokenizer = smollm
     limit = 4 if task in ("boolq", "hellaswag") else 8
     chosen = tasks.load_tasks([task], "local")

@@ -177,6 +177,12 @@ def test_broken_weights_and_dead_models_are_refused(tiny, token_windows):
         scoring.score(dead, token_windows, ["entropy"], progress=False)
 
 
+@pytest.mark.parametrize("name", ["batch_size", "chunk_size"])
+def test_sizes_below_one_are_refused(name, tiny, token_windows):
+    with pytest.raises(UserError, match=f"{name} 0 is too small"):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], progress=False, **{name: 0})
+
+
 def test_an_unknown_aggregation_is_refused(tiny, token_windows):
     with pytest.raises(UserError, match="aggregation"):
         scoring.score(tiny("llama"), token_windows, ["entropy"], aggregation="activations", progress=False)

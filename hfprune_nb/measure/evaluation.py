@@ -56,10 +56,13 @@ def held_out(
 
     Perplexity reads every position but the last; fidelity reads `compared_positions` evenly spaced ones of each window.
     reference, reference_head : `HeldOut.hidden` and `models.head` of the dense model on the same windows. Raises UserError when
-    the reference does not fit.
+    the reference does not fit, or a size is not positive.
     """
+    _check_positive(batch_size=batch_size, fidelity_positions=compared_positions)
     count, seq_len = windows.shape
     places = fidelity.positions(seq_len, compared_positions)
+    if reference is not None and reference.shape[-1] != reference_head.module.in_features:
+        raise UserError("reference: its hidden states do not fit the dense model's head: name an evaluation of this dense model.")
     if reference is not None and reference.shape[:2] != (count, len(places)):
         raise UserError(
             f"reference: the dense model was evaluated on {reference.shape[0]} windows at {reference.shape[1]} positions, this "
@@ -110,6 +113,7 @@ def benchmark_items(
     task (0 = all). Returns one row per item and metric (task, doc_id, doc_hash, metric, value), and the protocol of each task
     (metric that the tables show, shots, version, number of items in all, source). Raises UserError for an unknown task.
     """
+    _check_positive(batch_size=batch_size)
     if limit < 0:
         raise UserError(f"limit {limit} is negative: give the number of items per task, or 0 for all.")
     if not names:
@@ -117,7 +121,7 @@ def benchmark_items(
     chosen = load_tasks(names, source)
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     results = lm_eval.simple_evaluate(
-        model=SharedPrefixLM(model, tokenizer, batch_size, max_length, bos),
+        model=SharedPrefixLM(model, tokenizer, batch_size, min(max_length, _context_length(model, max_length)), bos),
         tasks=list(chosen.values()),
         task_manager=TaskManager(include_defaults=False),
         limit=limit or None,
@@ -135,6 +139,16 @@ def benchmark_items(
             for metric in metrics
         ]
     return pd.DataFrame(rows), protocol
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise UserError(f"{name} {value} is too small: it must be at least 1.")
+
+
+def _context_length(model, default: int) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or default
 
 
 @torch.no_grad()

@@ -94,6 +94,9 @@ def score(
     """
     if not criteria:
         raise UserError(f"criteria is empty: name at least one of {', '.join(registry.names())}.")
+    for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise UserError(f"{name} {value} is too small: it must be at least 1.")
     if aggregation not in AGGREGATIONS:
         raise UserError(f"aggregation '{aggregation}' is unknown: choose one of {', '.join(AGGREGATIONS)}.")
     chosen = [registry.create(name, alpha=alpha, temperature=temperature) for name in dict.fromkeys(criteria)]

@@ -37,7 +37,8 @@ class Input:
 
     Left empty, the artifact is made with the other notebook's defaults and the parameters named in `passes`
     (`EVERYTHING`: all of them); an `optional` input stays empty; an input that `follows` another one is needed exactly
-    when that one is given; `many` is a list, and empty means every finished artifact of the stage.
+    when that one is given; `many` is a list, and empty means every finished artifact of the stage. An artifact that is
+    named must have been made with the same values of the parameters in `agrees`.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Input:
     optional: bool = False
     follows: str = ""
     many: bool = False
+    agrees: tuple[str, ...] = ("model",)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,12 @@ STAGES = {
             "05_evaluation.ipynb",
             {
                 "pruned": Input("pruning", optional=True),
-                "reference": Input("evaluation", passes=(EVERYTHING,), follows="pruned"),
+                "reference": Input(
+                    "evaluation",
+                    passes=(EVERYTHING,),
+                    follows="pruned",
+                    agrees=("model", "perplexity_corpora", "n_windows", "seq_len", "fidelity_positions", "seed", "bos", "dtype"),
+                ),
             },
         ),
         Stage(
@@ -192,6 +199,8 @@ def start(stage: str, study: str, /, **parameters) -> "Run":
     inputs = {}
     for name, given in STAGES[stage].inputs.items():
         opened = [open_artifact(folder / reference) for reference in _references(values[name])]
+        if not given.many:
+            _refuse_other_run(name, given, opened, values)
         inputs[name] = opened if given.many else (opened or [None])[0]
     return Run(stage, study, values, inputs)
 
@@ -376,6 +385,17 @@ def _reference(name: str, stage: str, value: str, folder: Path) -> str:
     if not reference.startswith(f"{stage}/"):
         raise UserError(f"{name}={value!r} must be an artifact of the stage {stage!r}")
     return reference
+
+
+def _refuse_other_run(name: str, given: Input, opened: list[Artifact], values: dict) -> None:
+    for artifact in opened:
+        for parameter in given.agrees:
+            theirs, ours = artifact.parameters.get(parameter), values.get(parameter)
+            if theirs != ours:
+                raise UserError(
+                    f"{name}={artifact.reference!r} was made with {parameter} {theirs!r}, not {ours!r}: leave {name!r} empty to "
+                    "have it made, or name one that fits"
+                )
 
 
 def _make_input(given: Input, study: str, values: dict, own_inputs: dict) -> str:

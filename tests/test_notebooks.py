@@ -1,0 +1,206 @@
+"""The notebooks as texts: one skeleton, short cells, half prose, nothing executed, parameters that agree everywhere."""
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+import tokenize
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from hfprune_nb import stage, study
+from hfprune_nb.errors import UserError
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+STAGES = {path.name: name for name, path in ((name, FOLDER / entry.notebook) for name, entry in stage.STAGES.items())}
+STUDIES = sorted((FOLDER / "studies").glob("*.yaml"))
+PAPER_MODELS = {"llama-2-7b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-7b", "qwen2.5-1.5b", "qwen3-1.7b"}
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def this_checkout(monkeypatch):
+    monkeypatch.setenv("HFPRUNE_HOME", str(FOLDER.parent))
+
+
+def cells(path, kind=None):
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in found if kind in (None, cell["cell_type"])]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def code(path):
+    return [source(cell) for cell in cells(path, "code")]
+
+
+def parameters_cell(path):
+    (found,) = [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", ())]
+    return found
+
+
+def test_the_chain_is_complete():
+    assert [path.name for path in NOTEBOOKS] == ["00_study.ipynb", *STAGES]
+
+
+@every_notebook
+def test_first_cell_says_what_it_is_about(path):
+    first = cells(path)[0]
+    text = source(first)
+    assert first["cell_type"] == "markdown" and text.startswith(f"# {path.stem[:2]} ")
+    for word in ("**Question.**", "**Paper.**", "**Inputs.**", "**Outputs.**", "**Cost.**"):
+        assert word in text, f"the first cell does not give its {word}"
+
+
+@every_notebook
+def test_parameters_are_typed_explained_literals(path):
+    cell = parameters_cell(path)
+    assert cell is cells(path)[1] or source(cell) == source(cells(path)[1]), "the parameters do not follow the title"
+    text = source(cell)
+    comments = {token.start[0] for token in tokenize.generate_tokens(StringIO(text).readline) if token.type == tokenize.COMMENT}
+    for line in ast.parse(text).body:
+        assert isinstance(line, ast.AnnAssign), f"not `name: type = literal`: {ast.unparse(line)}"
+        default = ast.literal_eval(line.value)
+        assert type(default).__name__ == ast.unparse(line.annotation).split("[")[0], ast.unparse(line)
+        assert line.end_lineno in comments, f"no comment behind {line.target.id}"
+    assert len(comments) == len(text.splitlines()), "one line each, nothing else"
+
+
+@every_notebook
+def test_nothing_is_executed_or_stored(path):
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(path, "code"))
+    assert path.stat().st_size < 40_000
+
+
+@every_notebook
+def test_nothing_is_defined_in_a_notebook(path):
+    for text in code(path):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        assert not [node.name for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+
+
+@every_notebook
+def test_cells_are_short_and_half_are_prose(path):
+    lengths = [len(text.splitlines()) for text in code(path)]
+    assert max(lengths) <= 30
+    assert statistics.median(lengths) <= 8 and np.percentile(lengths, 90) <= 15, sorted(lengths)
+    assert 15 <= len(cells(path)) <= 30
+    assert 0.4 <= len(cells(path, "markdown")) / len(cells(path)) <= 0.6
+
+
+def test_the_median_cell_of_the_kit_has_six_lines_at_most():
+    assert statistics.median(len(text.splitlines()) for path in NOTEBOOKS for text in code(path)) <= 6
+
+
+@every_notebook
+def test_any_python_kernel_opens_it(path):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["metadata"]["kernelspec"]["name"] == "python3"
+    assert content["nbformat"] == 4
+    assert not set(content["metadata"]) - {"kernelspec", "language_info"}, "leftovers of an editor"
+
+
+def test_sources_are_stripped():
+    command = [sys.executable, "-m", "nbstripout", "--verify", "--keep-id", *map(str, NOTEBOOKS)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stage_starts_with_all_its_parameters(name):
+    """A parameter that stage.start does not get would change results and not their address."""
+    path = FOLDER / name
+    calls = [
+        node
+        for text in code(path)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "stage.start"
+    ]
+    (call,) = calls
+    stage_name, study_name = call.args
+    assert ast.literal_eval(stage_name) == STAGES[name] and ast.unparse(study_name) == "study"
+    passed = [keyword.arg for keyword in call.keywords]
+    assert passed == [name for name in stage.notebook_parameters(path) if name != "study"]
+    assert all(ast.unparse(keyword.value) == keyword.arg for keyword in call.keywords), "a value is changed on its way"
+    assert [text for text in code(path) if "run.finish(" in text], "the run is never sealed"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_each_stage_checks_what_it_made(name):
+    headings = [source(cell).splitlines()[0] for cell in cells(FOLDER / name, "markdown")]
+    assert "## Checks" in headings
+    assert any(text.startswith(("assert", "for")) or "\nassert" in text for text in code(FOLDER / name))
+
+
+def test_shared_parameters_mean_the_same_everywhere():
+    kinds = {}
+    for path in NOTEBOOKS:
+        for name, parameter in stage.notebook_parameters(path).items():
+            kinds.setdefault(name, set()).add(parameter.type)
+    assert not {name: found for name, found in kinds.items() if len(found) > 1}
+
+
+# Studies
+
+
+def test_every_promised_study_is_there():
+    assert {path.stem for path in STUDIES} >= {"smoke", "offline", "offline-qwen"} | PAPER_MODELS
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_files_load_and_plan(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path))
+    loaded = study.load(path)
+    plan = study.plan(loaded)
+    assert loaded.name == path.stem and loaded.description
+    assert len({cell.reference for cell in plan}) == len(plan)
+    by_stage = {name: [cell for cell in plan if cell.stage == name] for name in stage.STAGES}
+    seeds, prunings = len(loaded.seeds), len(by_stage["pruning"])
+    assert len(by_stage["calibration"]) == len(by_stage["scoring"]) == seeds * len(loaded.models)
+    assert len(by_stage["evaluation"]) == prunings + len(loaded.models)
+    assert len(by_stage["figures"]) == 1 and plan[-1].stage == "figures"
+    assert set(loaded.criteria) >= {"one_hot_ce", "self_distillation", "entropy"}
+    references = {cell.reference: number for number, cell in enumerate(plan)}
+    assert all(references[used] < number for number, cell in enumerate(plan) for used in cell.depends_on)
+    assert not list(tmp_path.iterdir()), "planning writes nothing"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_study_files_name_parameters_that_exist(path):
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name in stage.STAGES:
+        known = stage.notebook_parameters(stage.notebook_path(name))
+        assert set(content.get(name) or {}) <= set(known)
+    assert path.read_text(encoding="utf-8").startswith("#"), "no comment that says what the study is for"
+
+
+@pytest.mark.parametrize("name", sorted(PAPER_MODELS))
+def test_the_paper_s_studies_have_the_paper_s_settings(name):
+    loaded = study.load(name)
+    bos = name.startswith("llama")
+    assert loaded.sections["calibration"] == {"corpus": "c4", "n_windows": 43128, "seq_len": 1024, "bos": bos}
+    assert loaded.sections["evaluation"]["bos"] == bos and loaded.ratios[0] == 0.2
+    assert not loaded.run["offline"] and len(loaded.seeds) >= 3
+    assert not loaded.sections["evaluation"].get("limit"), "the paper's tasks are run whole"
+
+
+def test_the_offline_studies_need_no_hub():
+    for name in ("smoke", "offline", "offline-qwen"):
+        loaded = study.load(name)
+        assert loaded.run["offline"] and loaded.sections["evaluation"]["task_source"] == "local"
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("n_window", "n_windows"), ("corpora", "corpus")])
+def test_a_misspelt_parameter_of_a_real_notebook_is_named(wrong, right):
+    with pytest.raises(UserError, match=f"did you mean '{right}'") as caught:
+        stage.check_parameters(stage.notebook_path("calibration"), {wrong: 4})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,241 @@
+"""The smoke study end to end: the real notebooks through papermill on a tiny random model, offline, in a folder of its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.runs import stage
+from hfprune_nb.runs.artifacts import Artifact, finished, open_artifact
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole study, on a busy machine for a while
+
+PROJECT = Path(__file__).resolve().parent.parent
+STUDY = PROJECT / "notebooks" / "studies" / "smoke.yaml"
+SETTINGS = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
+COMMAND = [sys.executable, "-c", "import sys; from hfprune_nb.cli import main; sys.exit(main())"]
+
+
+@dataclass
+class Smoke:
+    """The finished study: its folder, the environment it ran in, and what the command answered."""
+
+    folder: Path
+    environment: dict
+    answer: subprocess.CompletedProcess
+
+    def hfprune(self, *arguments):
+        return subprocess.run(
+            [*COMMAND, *arguments], env=self.environment, cwd=self.folder.parent, capture_output=True, text=True
+        )
+
+    def artifacts(self, stage):
+        return finished(self.folder, stage)
+
+    def made(self):
+        """When each artifact was sealed."""
+        return {Artifact(file.parent).reference: file.stat().st_mtime_ns for file in self.folder.glob("*/*/DONE")}
+
+    def published(self):
+        """The bytes of every published table and figure."""
+        files = [path for kind in ("tables", "figures") for path in (self.folder / kind).glob("*") if path.is_file()]
+        return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Run the study once, with empty results and an empty cache: nothing it needs is fetched or made before."""
+    root = tmp_path_factory.mktemp("smoke")
+    environment = os.environ | {
+        "HFPRUNE_HOME": str(PROJECT),
+        "HFPRUNE_RESULTS": str(root / "results"),
+        "HFPRUNE_CACHE": str(root / "cache"),
+        "HF_HOME": str(root / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    (root / "results").mkdir()
+    study = Smoke(root / "results" / "smoke", environment, None)
+    study.answer = study.hfprune("study", "run", "smoke")
+    assert study.answer.returncode == 0, study.answer.stdout + study.answer.stderr
+    return study
+
+
+def test_every_cell_of_the_grid_is_computed(smoke):
+    assert "24 cells" in smoke.answer.stdout and "24 computed, 0 done, 0 failed, 0 skipped" in smoke.answer.stdout
+    counts = {stage: len(smoke.artifacts(stage)) for stage in ("calibration", "scoring", "pruning", "evaluation", "figures")}
+    # Two seeds, five criteria, one ratio; magnitude reads weights only and has one seed.
+    assert counts == {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1}
+
+
+def test_nothing_unfinished_is_left(smoke):
+    left = [
+        path.name for path in smoke.folder.rglob("*") if re.search(r"\.(partial|old|running\.ipynb|failed\.ipynb)$", path.name)
+    ]
+    assert left == []
+
+
+def test_every_artifact_keeps_its_executed_notebook_and_card(smoke):
+    for done in smoke.folder.glob("*/*/DONE"):
+        artifact = open_artifact(done.parent)
+        notebook = json.loads(artifact.path("notebook.ipynb").read_text(encoding="utf-8"))
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["execution_count"] for cell in code), artifact.reference
+        assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+        given = notebook["metadata"]["papermill"]["parameters"]
+        assert {name: given[name] for name in artifact.parameters} == artifact.parameters
+        card = artifact.card
+        assert card["seconds"] > 0 and card["peak_memory_bytes"] > 1e8 and card["threads"] in (1, None)
+        assert card["versions"]["torch"].startswith("2.13.0") and "seed" in card["facts"]
+
+
+def test_results_are_published_for_a_reader(smoke):
+    for name in ("criterion", "ablation", "fidelity", "paired"):
+        for suffix in ("csv", "md", "html"):
+            assert (smoke.folder / "tables" / f"{name}.{suffix}").stat().st_size > 0
+    for name in ("forest", "importance", "rank_agreement", "kept_overlap", "next_tokens", "against_ratio"):
+        for suffix in ("png", "svg"):
+            assert (smoke.folder / "figures" / f"{name}.{suffix}").stat().st_size > 1000
+    pages = {path.stem for path in (smoke.folder / "notebooks").glob("*.html")}
+    assert pages == {"01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"}
+    index = (smoke.folder / "index.html").read_text(encoding="utf-8")
+    for link in re.findall(r'href="([^"]+)"', index):
+        assert (smoke.folder / link).is_file(), link
+    assert (smoke.folder / "study.yaml").read_bytes() == STUDY.read_bytes()
+    assert len(json.loads((smoke.folder / "cards.json").read_text(encoding="utf-8"))) == 24
+
+
+def test_the_criterion_table_holds_dense_and_every_criterion(smoke):
+    table = pd.read_csv(smoke.folder / "tables" / "criterion.csv")
+    assert set(zip(table["criterion"], table["ratio"], strict=True)) == {
+        ("dense", 0.0),
+        *((c, 0.2) for c in SETTINGS["criteria"]),
+    }
+    pruned = table[table["criterion"] != "dense"]
+    assert set(pruned["measure"]) >= {"task", "perplexity", "js", "kl", "jaccard15", "top1"}
+    seeds = pruned.groupby("criterion")["n_seeds"].agg(["min", "max"])
+    assert seeds.loc["magnitude"].tolist() == [1, 1] and (seeds.drop("magnitude") == 2).all(axis=None)
+    known = pruned.dropna(subset=["low", "high"])
+    assert len(known) == len(pruned) and (known["low"] <= known["mean"]).all() and (known["mean"] <= known["high"]).all()
+    assert np.isfinite(table.loc[table["measure"] == "perplexity", "mean"]).all()
+
+
+def test_the_pruned_models_have_the_requested_size(smoke):
+    for artifact in smoke.artifacts("pruning"):
+        facts = json.loads(artifact.path("pruning.json").read_text(encoding="utf-8"))
+        one_neuron_per_layer = 3 * 3 * 32 / facts["dense_parameters"]
+        assert facts["ratio"] == 0.2 and abs(facts["achieved_ratio"] - 0.2) <= one_neuron_per_layer
+        kept = load_file(artifact.path("kept.safetensors"))
+        assert [len(kept[f"layers.{layer}"]) for layer in range(3)] == facts["width_after"]
+
+
+def test_a_finished_study_does_nothing_and_says_so(smoke):
+    before = {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")}
+    began = time.monotonic()
+    answer = smoke.hfprune("study", "run", "smoke")
+    assert time.monotonic() - began < 5
+    assert answer.returncode == 0 and "24 cells, nothing to do" in answer.stdout
+    assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")} == before
+
+
+def test_a_deleted_artifact_is_the_only_one_made_again(smoke):
+    """The evaluation comes out with the same bytes, so the figures that were drawn from it stand."""
+    chosen = next(
+        artifact
+        for artifact in smoke.artifacts("evaluation")
+        if json.loads(artifact.path("summary.json").read_text(encoding="utf-8"))["criterion"] == "entropy"
+    )
+    sealed, published, digest = smoke.made(), smoke.published(), chosen.digest
+    shutil.rmtree(chosen.folder)
+    answer = smoke.hfprune("study", "run", "smoke")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "1 computed, 23 done, 0 failed" in answer.stdout
+    again = smoke.made()
+    assert [reference for reference in sealed if again[reference] != sealed[reference]] == [chosen.reference]
+    assert chosen.digest == digest
+    assert smoke.published() == published
+
+
+def test_a_stage_runs_alone_through_papermill(smoke, tmp_path):
+    """One notebook, its own parameters, any study name; the scores equal those of the study."""
+    given = next(artifact for artifact in smoke.artifacts("calibration") if artifact.parameters["seed"] == 0)
+    alone = smoke.folder.parent / "alone"
+    shutil.copytree(given.folder, alone / given.reference)
+    parameters = SETTINGS["scoring"] | {
+        "study": "alone", "model": SETTINGS["models"][0], "criteria": ["entropy"], "calibration": given.reference,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "papermill", "notebooks/02_scoring.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar"]
+    command += ["-y", yaml.safe_dump(parameters)]
+    answer = subprocess.run(command, env=smoke.environment, cwd=PROJECT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    (made,) = finished(alone, "scoring")
+    assert made.parameters["criteria"] == ["entropy"] and made.inputs == {given.reference: given.digest}
+    found = load_file(made.path("scores.safetensors"))
+    in_study = next(artifact for artifact in smoke.artifacts("scoring") if artifact.parameters["seed"] == 0)
+    assert found.keys() == {"entropy"} and found["entropy"].shape == (3, 64)
+    np.testing.assert_allclose(found["entropy"], load_file(in_study.path("scores.safetensors"))["entropy"], rtol=1e-6)
+    assert json.loads((tmp_path / "out.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [("criterai: [entropy]", "criteria"), ("calibration: {n_window: 4}", "n_windows"), ("run: {worker: 2}", "workers")],
+)
+def test_a_misspelt_key_ends_with_one_line(smoke, tmp_path, line, nearest):
+    kept = [text for text in STUDY.read_text(encoding="utf-8").splitlines() if text.split(":")[0] != line.split(":")[0]]
+    (tmp_path / "typo.yaml").write_text("\n".join([*kept, line]), encoding="utf-8")
+    answer = smoke.hfprune("study", "run", str(tmp_path / "typo.yaml"))
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr.count("\n") == 1 and f"did you mean '{nearest}'" in answer.stderr
+    assert not (smoke.folder.parent / "typo").exists()
+
+
+@pytest.fixture
+def in_study(smoke, monkeypatch):
+    """Return a function that begins a run as a notebook does: the stage's defaults, some parameters changed."""
+    for name in ("HFPRUNE_HOME", "HFPRUNE_RESULTS"):
+        monkeypatch.setenv(name, smoke.environment[name])
+
+    def start(stage_name, **changes):
+        parameters = stage.notebook_parameters(stage.notebook_path(stage_name))
+        defaults = {name: parameter.default for name, parameter in parameters.items() if name != "study"}
+        return stage.start(stage_name, "smoke", **(defaults | changes))
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("stage_name", "inputs"),
+    [
+        ("scoring", {"calibration": "calibration"}),
+        ("pruning", {"scores": "scoring"}),
+        ("evaluation", {"pruned": "pruning", "reference": "evaluation"}),
+    ],
+)
+def test_an_artifact_of_another_model_is_refused(smoke, in_study, stage_name, inputs):
+    """Its token ids or neurons mean something else there, even where every shape fits."""
+    references = {name: smoke.artifacts(source)[0].reference for name, source in inputs.items()}
+    before = smoke.made()
+    with pytest.raises(UserError, match="tiny-random-llama") as caught:
+        in_study(stage_name, model="another/model", **references)
+    assert "\n" not in str(caught.value) and smoke.made() == before
+
+
+def test_a_reference_on_other_text_is_refused(smoke, in_study):
+    """Another seed gives windows of the same shape and other text: fidelity would be nonsense that looks like a number."""
+    pruned = next(artifact for artifact in smoke.artifacts("evaluation") if artifact.parameters["pruned"])
+    with pytest.raises(UserError, match="seed"):
+        in_study("evaluation", **(pruned.parameters | {"seed": 7}))
