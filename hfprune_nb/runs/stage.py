@@ -459,6 +459,8 @@ def _git() -> dict:
         return answer.stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "--verify", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+        # A study writes into results while it runs, which changes nothing about the code that it is made with.
+        changed = ask("status", "--porcelain", "--", ".", ":(exclude)results")
+        return {"commit": ask("rev-parse", "--verify", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
