@@ -151,7 +151,7 @@ def _forest_panel(ax, rows: pd.DataFrame, pairs: list, ratios: list) -> None:
     first = rows.iloc[0]
     side = "left" if first["measure"] in LOWER_IS_BETTER else "right"
     ax.set_xlabel(f"difference ({side}: first is better)")
-    ax.set_title(measure_label(first["column"], first["measure"]))
+    ax.set_title(measure_label(first["column"], first["measure"]).replace(", ", "\n"))
     if ax.get_subplotspec().is_first_col():
         ax.set_ylabel("parameters removed")
 
