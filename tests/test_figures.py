@@ -62,7 +62,7 @@ def test_forest_draws_every_pair_and_marks_what_is_certain(results):
     paired = tables.paired_table(results, n_resamples=200).long
     figure = figures.forest(paired, MODEL)
     words = texts(figure)
-    assert "Entropy (HFPrune) − One-hot CE" in words and "log-perplexity c4, nats per token" in words
+    assert "Entropy (HFPrune) − One-hot CE" in words and "log-perplexity c4\nnats per token" in words
     drawn = [ax for ax in figure.axes if ax.containers]
     assert len(drawn) == paired["column"].nunique() and all(len(ax.containers) == 6 for ax in drawn)
     hollow = sum(c.lines[0].get_markerfacecolor() == "white" for ax in drawn for c in ax.containers)
