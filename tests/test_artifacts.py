@@ -157,6 +157,7 @@ def test_artifact_without_files_is_refused(folder):
 
 
 def test_json_takes_numpy_scalars_and_is_sorted(tmp_path):
-    numpy = pytest.importorskip("numpy")
+    import numpy
+
     artifacts.write_json(tmp_path / "x.json", {"b": numpy.float32(0.5), "a": numpy.int64(3)})
     assert (tmp_path / "x.json").read_text() == json.dumps({"a": 3, "b": 0.5}, indent=1) + "\n"

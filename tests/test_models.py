@@ -33,7 +33,8 @@ def test_local_folder_loads_in_every_dtype(own_cache):
 
 def test_gguf_file_is_dequantised_once(own_cache, tiny, monkeypatch):
     """A LLaMA GGUF file written by the gguf library loads by its path and is converted only once."""
-    gguf = pytest.importorskip("gguf", reason="gguf is a dependency of the kit; without it GGUF models cannot load")
+    import gguf
+
     model = tiny("llama-tied", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=300)
     file = own_cache / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
