@@ -161,12 +161,15 @@ def test_clean_shows_first_and_asks(project, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_is_one_line_and_exit_code_130(project, monkeypatch, capsys, signal_number):
+def test_interrupt_is_one_line_and_exit_code_130(project, monkeypatch, capsys, request, signal_number):
     def interrupted(*_, **__):
         os.kill(os.getpid(), signal_number)
         time.sleep(1)
 
     monkeypatch.setattr(study, "run", interrupted)
+    # A shell that runs the tests in the background has its children ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert cli.main(["study", "run", "toy"]) == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to continue\n"
 

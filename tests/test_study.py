@@ -276,6 +276,8 @@ def test_interrupt_leaves_no_kernel_and_no_trace(project):
         [sys.executable, "-c", code, "study", "run", "toy"],
         env=os.environ | {"PYTHONPATH": os.getcwd()},
         start_new_session=True,
+        # A shell that runs the tests in the background has its children ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stderr=subprocess.PIPE,
         text=True,
     )
