@@ -117,7 +117,7 @@ def windows(
 ) -> Windows:
     """Cut one window of `seq_len` tokens at a random place out of each of `n_windows` documents.
 
-    The paper's setting (HFPrune, section 4.1) is corpus c4, 43,128 windows of 1024 tokens. Documents come in the order
+    The paper's setting is corpus c4, 43,128 windows of 1024 tokens. Documents come in the order
     of `documents`; those shorter than a window, and repeated ones, are passed over. With `bos` the first token of every
     window is the tokenizer's BOS and the text gives one token less. No other special token is added, nothing is padded.
     Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer has no BOS.
