@@ -18,7 +18,7 @@ study: setup
 	$(BIN)/hfprune study run $(STUDY)
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -5,11 +5,13 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
-    "assets": "inputs", "benchmarks": "inputs", "calibration": "inputs", "models": "inputs",
-    "allocation": "method", "criteria": "method", "pruning": "method", "scoring": "method",
-    "evaluation": "measure", "fidelity": "measure", "statistics": "measure", "tasks": "measure",
+    "assets": "inputs", "benchmarks": "inputs", "calibration": "inputs", "instructions": "inputs", "models": "inputs",
+    "allocation": "method", "criteria": "method", "pruning": "method", "recovery": "method", "scoring": "method",
+    "shards": "method",
+    "damage": "measure", "evaluation": "measure", "fidelity": "measure", "statistics": "measure", "tasks": "measure",
     "artifacts": "runs", "stage": "runs", "study": "runs",
-    "figures": "report", "measurements": "report", "neurons": "report", "tables": "report",
+    "controls": "report", "figures": "report", "measurements": "report", "neurons": "report", "published": "report",
+    "question_figures": "report", "questions": "report", "tables": "report",
 }  # fmt: skip
 
 

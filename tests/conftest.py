@@ -8,7 +8,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pytest
 
-REGISTRY_ASSETS = ("smollm2-135m", "c4-calibration", "c4-held-out", "wikitext-2", "benchmarks")
+REGISTRY_ASSETS = ("smollm2-135m", "c4-calibration", "c4-held-out", "wikitext-2", "benchmarks", "crows-pairs", "truthfulqa")
 
 
 @pytest.fixture(scope="session")

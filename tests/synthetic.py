@@ -1,4 +1,4 @@
-"""Artifacts of stages 02, 03 and 05 with invented numbers of realistic shape, for the tests of the report."""
+"""Artifacts of stages 02, 03, 05 and 08 with invented numbers of realistic shape, for the tests of the report."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,11 @@ def evaluation(folder: Path, criterion="dense", ratio=0.0, seed=None, model="smo
     if criterion == "dense":
         return folder
     js = np.clip(0.4 * (1 - np.exp(-6 * damage)) + 0.02 * shared.normal(size=60) + 0.004 * own.normal(size=60), 0, 1)
-    fidelity = windows.assign(positions=511, js=js, kl=3 * js, jaccard15=1 - js, top1=1 - 1.2 * js)
+    parts = {"all": (511, 1.0), "low_entropy": (255, 0.8), "high_entropy": (256, 1.2)}
+    fidelity = pd.concat(
+        windows.assign(positions=name, compared=n, js=js, kl=3 * scale * js, jaccard15=1 - js, top1=1 - 1.2 * js)
+        for name, (n, scale) in parts.items()
+    )
     fidelity.to_parquet(folder / "fidelity.parquet")
     _next_tokens(own, damage).to_parquet(folder / "next_tokens.parquet")
     return folder
@@ -105,6 +109,60 @@ def scoring(folder: Path, seed=0, model="smollm2-135m", criteria=None):
     save_file(scores, folder / "scores.safetensors")
     facts = {"model": model, "criteria": list(scores), "seed": seed, "layers": 12, "intermediate_size": 96}
     (folder / "scores.json").write_text(json.dumps(facts))
+    noise = np.random.default_rng([seed, 1]).normal(size=(12, 96))
+    snapshots = {
+        f"{name}/{n}": scores[name] * np.exp(noise * (n < 8) / n) for name in scores if name in THREE for n in (1, 2, 4, 8)
+    }
+    save_file(snapshots, folder / "snapshots.safetensors")
+    return folder
+
+
+def experiments(folder: Path, model="smollm2-135m", true_criterion="entropy", noise=0.1, text_changes=True, gradient=0.0):
+    """Write one experiments artifact, whose real damage follows the importance of `true_criterion`; return its folder."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    scores = {name: importance(0)[name] for name in ("one_hot_ce", "entropy")}
+    truth = rng.random((12, 96)) if true_criterion is None else importance(0)[true_criterion]
+    rows = []
+    for layer in (0, 4, 8, 11):
+        groups = [[neuron] for neuron in rng.permutation(96)[:24]] + [list(rng.permutation(96)[:16]) for _ in range(4)]
+        for neurons in groups:
+            damage = truth[layer, neurons].sum() * np.exp(noise * rng.normal())
+            sign = rng.choice([-1, 1])
+            row = {"layer": layer, "kind": "single" if len(neurons) == 1 else "random group", "size": len(neurons)}
+            row |= {"neurons": neurons, "kl": 1e-4 * damage**2, "ce": sign * 1e-3 * damage, "entropy": -sign * 1e-3 * damage}
+            predicted = {"predicted_ce": row["ce"], "predicted_entropy": row["entropy"]}
+            absolute = {"predicted_abs_ce": 2e-3 * damage, "predicted_abs_entropy": 2e-3 * damage}
+            rows.append(row | predicted | absolute)
+    pd.DataFrame(rows).to_parquet(folder / "ablations.parquet")
+    corpora = ["c4", "c4, next seed", "code"]
+    texts = {
+        f"{corpus}/{name}": values * np.exp(spread * rng.normal(size=values.shape))
+        for corpus, spread in zip(corpora, (0, 0.3, 2.0 if text_changes else 0.0), strict=True)
+        for name, values in scores.items()
+    }
+    save_file(texts, folder / "corpora.safetensors")
+    sizes = {"one_hot_ce": 0.8, "entropy": 0.6}
+    gradients = [
+        {"student_ratio": ratio, "criterion": name, "gradient": size, "value": 1.0}
+        for ratio in (0.0, 0.025)
+        for name, size in (sizes | {"self_distillation": 0.08 if ratio else gradient}).items()
+    ]
+    pd.DataFrame(gradients).to_parquet(folder / "gradients.parquet")
+    facts = {
+        "model": model,
+        "criteria": list(scores),
+        "corpora": corpora,
+        "seed": 0,
+        "own_text": "",
+        "device": "cpu",
+        "calibration": {"n_windows": 8, "seq_len": 128, "bos": False, "dtype": "bfloat16"},
+        "truth": {"corpus": "c4", "n_windows": 4, "seq_len": 64, "dtype": "float32"},
+        "layers": 12,
+        "intermediate_size": 96,
+        "notes": ["Weights were dequantised from Q4_1."],
+    }
+    (folder / "experiments.json").write_text(json.dumps(facts))
     return folder
 
 
@@ -121,6 +179,7 @@ def pruning(folder: Path, criterion, ratio, seed, model="smollm2-135m"):
         "ratio": ratio,
         "achieved_ratio": ratio,
         "seed": seed,
+        "neuron_ratio": 1 - keep / 96,
         "width_before": 96,
         "width_after": [keep] * 12,
     }

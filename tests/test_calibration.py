@@ -151,11 +151,15 @@ def test_lines_are_documents_without_blank_lines(tmp_path):
         ),
         ({"n_windows": 500}, "documents of at least 64 tokens, fewer than n_windows=500: lower n_windows or seq_len"),
         ({"corpus": "data/smoke/none.txt"}, "corpus file data/smoke/none.txt does not exist"),
-        ({"corpus": "c5"}, "corpus 'c5' is neither c4-sample, wikitext nor a local file, and the hub did not give it"),
+        (
+            {"corpus": "c5"},
+            "corpus 'c5' is neither c4-sample, wikitext, task-prompts nor a local file, and the hub did not give it",
+        ),
         ({"corpus": "c4"}, "the hub did not give it"),
         ({"n_windows": 0}, "n_windows=0 is too small"),
         ({"seq_len": 1}, "seq_len=1 is too small"),
         ({"seed": -1}, "seed=-1 is too small"),
+        ({"corpus": "task-prompts"}, "corpus 'task-prompts' is for evaluation only: calibrate on other text"),
         ({"split": "test"}, "split='test' is unknown: choose one of calibration, evaluation"),
     ],
 )
@@ -225,3 +229,15 @@ def test_downloaded_corpora_are_whole_and_apart(registry, corpus, counts):
     assert {split: len(found) for split, found in texts.items()} == counts
     hashes = [set(map(calibration.document_hash, found)) for found in texts.values()]
     assert not hashes[0] & hashes[1]
+
+
+@pytest.mark.registry
+def test_windows_of_task_prompts_are_the_same_every_time_and_know_their_text(registry, tokenizer):
+    texts = {calibration.document_hash(text): text for text in calibration.documents("task-prompts", "evaluation")}
+    found, again = (windows(tokenizer, "task-prompts", n_windows=6, seq_len=128, split="evaluation") for _ in range(2))
+    np.testing.assert_array_equal(found.ids, again.ids)
+    assert len(texts) == 62 and len(set(found.document_hashes)) == 6
+    for ids, digest, start in zip(found.ids, found.document_hashes, found.starts, strict=True):
+        assert tokenizer.decode(ids).encode() == texts[digest].encode()[start : start + 128]
+    with pytest.raises(UserError, match="share 6 documents"):
+        calibration.check_overlap(found, again)

@@ -1,10 +1,12 @@
 """The command line: exit codes, one sentence for bad input, assets fetched before a study, nothing deleted unasked."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +57,7 @@ def no_cells(monkeypatch):
     monkeypatch.setattr(
         study,
         "run",
-        lambda loaded, workers, progress: study.Summary(
+        lambda loaded, workers, progress, gpus: study.Summary(
             loaded,
             [study.Outcome(cell, states[0], error="why") for cell in study.plan(loaded)],
             1.0,
@@ -64,7 +66,20 @@ def no_cells(monkeypatch):
     return states
 
 
-@pytest.mark.parametrize("arguments", [[], ["assets"], ["study"], ["study", "run"], ["study", "clean"], ["assets", "fetch"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["assets"],
+        ["study"],
+        ["study", "run"],
+        ["study", "clean"],
+        ["study", "verify"],
+        ["study", "cell"],
+        ["study", "rates"],
+        ["assets", "fetch"],
+    ],
+)
 def test_help_says_what_it_is_for(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main([*arguments, "--help"])
@@ -131,7 +146,42 @@ def test_status_and_plan(project, capsys):
     assert len(said) == 13 and said[-1] == "12 cells: 12 waiting"
     assert said[0].split() == ["waiting", "evaluation", "tiny,", "dense"]
     assert cli.main(["study", "plan", "toy"]) == 0
-    assert "total          12 cells,    0 done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "total           12     0" in said and "whole study by workers or GPUs: 1: " in said and "64: " in said
+    assert "rates of the cpu: Measured" in said
+
+
+def test_graph_names_every_cell_and_what_it_waits_for(project, capsys):
+    assert cli.main(["study", "graph", "toy"]) == 0
+    graph = json.loads(capsys.readouterr().out)
+    cells = {cell["reference"]: cell for cell in graph["cells"]}
+    assert len(cells) == 12 and graph["threads"] == 1 and graph["folder"] == str(project / "results" / "toy")
+    assert all(set(cell["needs"]) <= cells.keys() for cell in cells.values())
+    assert all(cell["output"].endswith(f"{name}/notebook.ipynb") for name, cell in cells.items())
+    assert all(cell["minutes"] >= 10 and cell["memory_mb"] >= 1000 for cell in cells.values())
+
+
+def test_cell_computes_one_cell_once_and_refuses_one_without_its_inputs(project, capsys):
+    assert cli.main(["study", "graph", "toy"]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    first = {cell["stage"]: cell["reference"] for cell in reversed(cells)}
+    for state in ("computed", "done"):
+        assert cli.main(["study", "cell", "toy", first["calibration"]]) == 0
+        assert capsys.readouterr().out.startswith(state)
+    assert cli.main(["study", "cell", "toy", first["pruning"]]) == 2
+    assert "which is not finished: run that cell first" in capsys.readouterr().err
+    assert cli.main(["study", "cell", "toy", "pruning/0"]) == 2
+    assert "has no cell 'pruning/0'" in capsys.readouterr().err
+    (done,) = (project / "results" / "toy").glob("*/*/DONE")
+    assert f"calibration/{done.parent.name}" == first["calibration"]
+
+
+def test_rates_are_fitted_to_cards(project, capsys):
+    folder = Path(__file__).parents[1] / "results" / "offline"
+    before = (project / "data" / "rates.yaml").read_text()
+    assert cli.main(["study", "rates", str(folder / "cards.json")]) == 0
+    assert "scoring" in capsys.readouterr().out
+    assert (project / "data" / "rates.yaml").read_text() != before
 
 
 def test_results_folder_can_be_chosen(project, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,10 @@
 """Fidelity against scipy, held-out text against plain cross-entropy, benchmark answers against lm-eval's own model."""
 
+import re
+import shutil
+from pathlib import Path
+
+import datasets
 import lm_eval
 import numpy as np
 import pandas as pd
@@ -13,12 +18,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
+from scipy.stats import entropy
 
 from hfprune_nb import evaluation, fidelity, models, tasks
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs.benchmarks import BENCHMARKS
-from hfprune_nb.measure.harness import SharedPrefixLM
+from hfprune_nb.measure import harness as harness_module
+from hfprune_nb.measure.harness import Row, SharedPrefixLM
 
+PROJECT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3  # absolute, in nats of a whole continuation; float32 sums in another order differ by about 1e-5
 
 
@@ -48,6 +56,8 @@ def test_js_and_kl_equal_scipy():
     p, q = softmax(ours.numpy(), axis=1), softmax(dense.numpy(), axis=1)
     np.testing.assert_allclose(found["js"], jensenshannon(p, q, base=2, axis=1), rtol=1e-10)
     np.testing.assert_allclose(found["kl"], rel_entr(q, p).sum(axis=1), rtol=1e-10)
+    np.testing.assert_allclose(found["entropy_model"], entropy(p, axis=1), rtol=1e-10)
+    np.testing.assert_allclose(found["entropy_dense"], entropy(q, axis=1), rtol=1e-10)
 
 
 def test_float32_logits_of_a_large_vocabulary_keep_five_digits():
@@ -96,6 +106,32 @@ def test_distributions_without_common_tokens_are_at_distance_one():
     assert found["jaccard15"] == found["top1"] == 0
 
 
+def test_sure_and_unsure_positions_stand_apart():
+    positions = pd.DataFrame({"window": [0, 0, 0, 1, 1, 2], "entropy_dense": [1.0, 5.0, 2.0, 3.0, 6.0, 9.0]})
+    for number, name in enumerate((*fidelity.METRICS, "entropy_model")):
+        positions[name] = positions["entropy_dense"] * (number + 1)
+    found = fidelity.by_window(positions)
+    assert found.columns.tolist() == ["window", "positions", "compared", *fidelity.METRICS, *fidelity.ENTROPIES]
+    parts = {name: part.set_index("window") for name, part in found.groupby("positions")}
+    assert set(parts) == set(fidelity.SPLITS)
+    # The median is 4: the third window has no position below it.
+    assert parts["all"]["compared"].tolist() == [3, 2, 1]
+    assert parts["low_entropy"]["compared"].to_dict() == {0: 2, 1: 1}
+    assert parts["high_entropy"]["compared"].to_dict() == {0: 1, 1: 1, 2: 1}
+    assert parts["low_entropy"]["entropy_dense"].to_dict() == {0: 1.5, 1: 3.0}
+    assert parts["all"]["kl"][0] == pytest.approx(2 * 8 / 3) and parts["high_entropy"]["kl"][0] == pytest.approx(10.0)
+
+
+def test_the_parts_make_up_the_whole(tiny, token_windows):
+    model, dense = tiny("llama", "float64"), tiny("llama", "float64", initializer_range=0.1)
+    reference = evaluation.held_out(dense, token_windows, 6, progress=False).hidden
+    found = evaluation.held_out(model, token_windows, 6, reference, models.head(dense), progress=False).fidelity
+    parts = {name: part.set_index("window") for name, part in found.groupby("positions")}
+    weighted = sum(parts[name]["kl"].mul(parts[name]["compared"]).reindex(range(9), fill_value=0) for name in fidelity.SPLITS[1:])
+    np.testing.assert_allclose(weighted, 6 * parts["all"]["kl"], rtol=1e-9)
+    assert (parts["low_entropy"]["entropy_dense"].max()) <= parts["high_entropy"]["entropy_dense"].min()
+
+
 logit_pairs = st.integers(1, 60).flatmap(
     lambda size: st.tuples(*(arrays(np.float32, (2, size), elements=st.floats(-60, 60, width=32)) for _ in range(2)))
 )
@@ -106,7 +142,7 @@ logit_pairs = st.integers(1, 60).flatmap(
 def test_fidelity_stays_within_its_bounds(pair):
     ours, dense = (torch.from_numpy(logits) for logits in pair)
     found, swapped = fidelity.compare(ours, dense), fidelity.compare(dense, ours)
-    assert list(found.columns) == list(fidelity.METRICS) and len(found) == 2
+    assert list(found.columns) == [*fidelity.METRICS, *fidelity.ENTROPIES] and len(found) == 2
     assert found[["js", "jaccard15", "top1"]].stack().between(0, 1).all()
     assert (found["kl"] >= 0).all() and np.isfinite(found["kl"]).all()
     np.testing.assert_allclose(found["js"], swapped["js"], atol=1e-3)
@@ -156,7 +192,9 @@ def test_a_model_is_its_own_exact_reference(tiny, token_windows):
     dense = evaluation.held_out(model, token_windows, 4, progress=False)
     assert dense.fidelity is None and dense.hidden.shape == (9, 4, 16)
     again = evaluation.held_out(model, token_windows, 4, dense.hidden, models.head(model), progress=False)
-    assert (again.fidelity["positions"] == 4).all()
+    everywhere = again.fidelity[again.fidelity["positions"] == "all"]
+    assert (everywhere["compared"] == 4).all() and len(everywhere) == 9
+    np.testing.assert_allclose(again.fidelity["entropy_model"], again.fidelity["entropy_dense"], rtol=1e-5)
     assert (again.fidelity["kl"] < 1e-6).all() and (again.fidelity["js"] < 5e-4).all()
     np.testing.assert_array_equal(again.fidelity[["jaccard15", "top1"]], 1)
     pd.testing.assert_frame_equal(again.perplexity, dense.perplexity)
@@ -166,12 +204,13 @@ def test_fidelity_equals_both_models_compared_directly(tiny, token_windows):
     model, dense = tiny("llama", "float64"), tiny("llama", "float64", initializer_range=0.1)
     reference = evaluation.held_out(dense, token_windows, 6, progress=False).hidden
     found = evaluation.held_out(model, token_windows, 6, reference, models.head(dense), progress=False).fidelity
+    found = found[found["positions"] == "all"].set_index("window")
     places = fidelity.positions(12, 6)
     for row, window in enumerate(torch.from_numpy(token_windows)):
         with torch.no_grad():
             logits, dense_logits = (network(input_ids=window[None]).logits[0, places] for network in (model, dense))
         expected = fidelity.compare(logits, dense_logits).mean()
-        np.testing.assert_allclose(found.loc[row, list(fidelity.METRICS)].astype(float), expected, rtol=1e-9)
+        np.testing.assert_allclose(found.loc[row, expected.index].astype(float), expected, rtol=1e-9)
 
 
 def test_the_stored_reference_is_read_back_unchanged(tiny, token_windows, tmp_path):
@@ -263,7 +302,7 @@ def assert_same_answers(ours, theirs):
 
 def test_items_equal_the_stock_model(tiny_alias):
     model, tokenizer = tiny_alias
-    items, protocol = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"], "local", batch_size=5)
+    items, protocol, skipped = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"], "local", batch_size=5)
     samples = harness(stock(model, tokenizer, batch_size=3), tasks.load_tasks(["smoke_choice"]))["smoke_choice"]
     expected = pd.DataFrame(
         {"task": "smoke_choice", "doc_id": s["doc_id"], "doc_hash": s["doc_hash"], "metric": metric, "value": s[metric]}
@@ -272,18 +311,19 @@ def test_items_equal_the_stock_model(tiny_alias):
     )
     pd.testing.assert_frame_equal(items, expected, check_dtype=False)
     assert protocol["smoke_choice"] == {"metric": "acc_norm", "shots": 0, "version": 1.0, "items": 24, "source": "local"}
+    assert skipped == {}
 
 
 def test_a_limit_takes_the_first_items(tiny_alias):
     model, tokenizer = tiny_alias
-    everything, _ = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"])
-    first, protocol = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"], limit=5)
+    everything, *_ = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"])
+    first, protocol, _ = evaluation.benchmark_items(model, tokenizer, ["smoke_choice"], limit=5)
     pd.testing.assert_frame_equal(first, everything[everything["doc_id"] < 5])
     assert len(first) == 10 and protocol["smoke_choice"]["items"] == 24
 
 
 def test_no_task_gives_an_empty_table(tiny_alias):
-    items, protocol = evaluation.benchmark_items(*tiny_alias, [])
+    items, protocol, _ = evaluation.benchmark_items(*tiny_alias, [])
     assert items.columns.tolist() == ["task", "doc_id", "doc_hash", "metric", "value"] and items.empty and protocol == {}
 
 
@@ -293,12 +333,173 @@ def test_no_task_gives_an_empty_table(tiny_alias):
         (["smoke_choice"], {"limit": -1}, "limit -1 is negative"),
         (["smoke_choise"], {"source": "local"}, "smoke_choice"),
         (["smoke_choice"], {"source": "here"}, "source='here' is unknown"),
+        (["smoke_choice"], {"metric": "f1"}, "metric 'f1' is unknown: choose one of paper, acc"),
     ],
 )
 def test_bad_requests_are_refused_in_one_sentence(tiny_alias, names, changes, words):
     with pytest.raises(UserError, match=words) as caught:
         evaluation.benchmark_items(*tiny_alias, names, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_the_metric_is_a_parameter(tiny_alias):
+    chosen = {
+        metric: evaluation.benchmark_items(*tiny_alias, ["smoke_choice"], limit=2, metric=metric)[1]["smoke_choice"]["metric"]
+        for metric in tasks.METRICS
+    }
+    assert chosen == {"paper": "acc_norm", "acc": "acc"}
+
+
+def test_a_skipped_task_leaves_the_others(tiny_alias):
+    items, protocol, skipped = evaluation.benchmark_items(*tiny_alias, ["race", "smoke_choice"], "local", limit=2)
+    assert list(protocol) == ["smoke_choice"] == items["task"].unique().tolist() and list(skipped) == ["race"]
+
+
+@pytest.fixture
+def two_tasks(monkeypatch, tmp_path):
+    """A data folder with the smoke task and a copy of it that asks in other words."""
+    data = tmp_path / "data"
+    shutil.copytree(PROJECT / "data" / "tasks", data / "tasks")
+    shutil.copytree(PROJECT / "data" / "smoke", data / "smoke")
+    text = (data / "tasks" / "smoke_choice.yaml").read_text()
+    other = text.replace("task: smoke_choice", "task: smoke_other").replace("Question:", "Riddle:")
+    (data / "tasks" / "smoke_other.yaml").write_text(other)
+    monkeypatch.setattr(tasks.paths, "data", lambda: data)
+    return ["smoke_choice", "smoke_other"]
+
+
+def test_an_evaluation_goes_on_with_the_next_task(tiny_alias, two_tasks, monkeypatch, tmp_path):
+    arguments = {"source": "local", "limit": 6}
+    undisturbed, *expected = evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments)
+    evaluate, evaluated = evaluation._task_items, []
+
+    def killed(language_model, name, *rest):
+        if name == "smoke_other" and len(evaluated) == 1:
+            raise KeyboardInterrupt
+        evaluated.append(name)
+        return evaluate(language_model, name, *rest)
+
+    monkeypatch.setattr(evaluation, "_task_items", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments, scratch=tmp_path)
+    evaluated.append("killed")
+    resumed, *facts = evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments, scratch=tmp_path)
+    assert evaluated == ["smoke_choice", "killed", "smoke_other"]
+    pd.testing.assert_frame_equal(resumed, undisturbed)
+    assert facts == expected
+    undisturbed.to_parquet(tmp_path / "one")
+    resumed.to_parquet(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_task_does_not_depend_on_its_company(tiny_alias, two_tasks):
+    together, *_ = evaluation.benchmark_items(*tiny_alias, two_tasks, "local", limit=6)
+    alone, *_ = evaluation.benchmark_items(*tiny_alias, two_tasks[1:], "local", limit=6)
+    pd.testing.assert_frame_equal(together[together["task"] == "smoke_other"].reset_index(drop=True), alone)
+
+
+def test_the_model_writes_its_answers_in_a_generation_task(tiny_alias, monkeypatch):
+    """A task like gsm8k: written answers, read in two ways."""
+    model, tokenizer = tiny_alias
+    texts = ["One and one make", "The sky is", "A dog has"]
+    written = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        written.append(tokenizer.decode(model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]))
+    answers = [written[0], "something else", written[2]]
+    filters = [{"function": "regex", "regex_pattern": "(.*)"}, {"function": "take_first"}]
+    config = {
+        "task": "writing", "output_type": "generate_until", "test_split": "test", "doc_to_text": "{{text}}",
+        "doc_to_target": "{{answer}}", "dataset_path": "json", "dataset_kwargs": {"data_files": {}},
+        "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [{"name": "whole", "filter": filters[1:]}, {"name": "searched", "filter": filters}],
+    }  # fmt: skip
+
+    class Writing(tasks.LocalTask):
+        def download(self, *_, **__):
+            self.dataset = {"test": datasets.Dataset.from_dict({"text": texts, "answer": answers})}
+
+    monkeypatch.setattr(evaluation, "load_tasks", lambda *_: {"writing": Writing(config=config)})
+    items, protocol, _ = evaluation.benchmark_items(model, tokenizer, ["writing"])
+    assert protocol["writing"]["metric"] == "exact_match,whole" and protocol["writing"]["items"] == 3
+    assert items["metric"].tolist() == ["exact_match,whole"] * 3 + ["exact_match,searched"] * 3
+    assert items[items["metric"] == "exact_match,whole"]["value"].tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.registry
+def test_stereotypes_are_counted_from_the_likelihoods(registry, tiny_alias):
+    """By hand: the share of pairs whose stereotypical sentence is the likelier one."""
+    model, tokenizer = tiny_alias
+    items, protocol, _ = evaluation.benchmark_items(model, tokenizer, ["crows_pairs_1508"], limit=12)
+    values = items.pivot(index="doc_id", columns="metric", values="value")
+    assert protocol["crows_pairs_1508"]["metric"] == "pct_stereotype" and protocol["crows_pairs_1508"]["items"] == 1508
+    task = tasks.load_tasks(["crows_pairs_1508"])["crows_pairs_1508"]
+    for number, pair in enumerate(task.eval_docs.select(range(12))):
+        more, less = (sentence_likelihood(model, tokenizer, pair[name]) for name in ("sent_more", "sent_less"))
+        assert values.loc[number, "likelihood_diff"] == pytest.approx(abs(more - less), abs=TOLERANCE)
+        assert values.loc[number, "pct_stereotype"] == float(more > less)
+    assert 0 < values["pct_stereotype"].mean() < 1
+
+
+def sentence_likelihood(model, tokenizer, sentence):
+    ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    ids = torch.tensor([ids + tokenizer(sentence, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return float(log_p.gather(-1, ids[0, 1:, None]).sum())
+
+
+def test_a_revision_pins_the_weights(tiny_alias):
+    model, _ = tiny_alias
+    found = evaluation.model_revision(models.TINY, model)
+    assert re.fullmatch("config.json sha256 [0-9a-f]{16}", found)
+    assert evaluation.model_revision("smollm2-135m", model).startswith("file sha256 ")
+    model.config._commit_hash = "0123abc"
+    assert evaluation.model_revision("owner/name", model) == "commit 0123abc"
+    model.config._commit_hash = None
+
+
+# What requests share
+
+
+def test_a_row_holds_every_prefix_once():
+    row = Row()
+    sequences = [[5, 6, 7, 8], [5, 6, 9], [5, 6], [4, 6], [5, 6, 7, 8]]
+    paths = [row.add(sequence) for sequence in sequences]
+    assert row.tokens == [5, 6, 7, 8, 9, 4, 6]
+    assert [[row.tokens[place] for place in path] for path in paths] == sequences
+    seen = row.visible(9)
+    for path in paths:
+        assert seen[path[-1]].nonzero().flatten().tolist() == path
+    assert seen[7:].sum() == 2 and seen[7, 7] and seen[8, 8], "padding sees itself only"
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=24), min_size=1, max_size=30))
+def test_questions_keep_every_sequence_and_know_their_size(sequences):
+    found = harness_module._questions(dict(enumerate(sequences)))
+    assert sorted(index for _, members in found for index in members) == list(range(len(sequences)))
+    assert [size for size, _ in found] == sorted((size for size, _ in found), reverse=True)
+    for size, members in found:
+        row = Row()
+        for index in members:
+            row.add(sequences[index])
+        assert len(row) == size
+
+
+def test_a_beginning_of_all_requests_is_read_once(tiny_alias, monkeypatch):
+    model, tokenizer = tiny_alias
+    primer = "One fish, two fish, red fish, blue fish. " * 4
+    requests = [(primer + context, continuation) for context, continuation in REQUESTS]
+    language_model = SharedPrefixLM(model, tokenizer, 4)
+    widths, forward = [], model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: widths.append(k["input_ids"].shape) or forward(*a, **k))
+    ours = answers(language_model, requests)
+    length = len(tokenizer(primer).input_ids)
+    assert widths[0][0] == 1 and widths[0][1] >= length - 2 > harness_module.CACHED_TOKENS
+    assert all(width < length for _, width in widths[1:])
+    monkeypatch.undo()
+    assert_same_answers(ours, answers(stock(model, tokenizer, batch_size=4), requests))
 
 
 REQUESTS = [
@@ -333,11 +534,11 @@ def test_shared_prefixes_change_no_answer(tiny_alias, batch_size, bos):
 
 def test_the_greedy_flag_is_set_for_greedy_continuations(tiny_alias):
     model, tokenizer = tiny_alias
-    context = tokenizer("The cat sat on the", return_tensors="pt").input_ids
-    with torch.no_grad():
-        greedy = model.generate(context, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0].tolist()
-    context = context[0].tolist()
-    requests = [(None, context, greedy[len(context) :]), (None, context, greedy[len(context) : -1]), (None, context, [5, 5, 5])]
+    context, greedy = tokenizer("The cat sat on the").input_ids, []
+    for _ in range(3):
+        with torch.no_grad():
+            greedy.append(int(model(input_ids=torch.tensor([context + greedy])).logits[0, -1].argmax()))
+    requests = [(None, context, greedy), (None, context, greedy[:-1]), (None, context, [5, 5, 5])]
     ours = SharedPrefixLM(model, tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [flag for _, flag in ours] == [True, True, False]
     assert_same_answers(ours, stock(model, tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True))
@@ -379,7 +580,7 @@ def test_rolling_likelihoods_equal_the_stock_model(tiny_alias):
 @pytest.mark.parametrize("task", BENCHMARKS)
 def test_real_benchmark_items_equal_the_stock_model(smollm, task):
     model, tokenizer = smollm
-    limit = 4 if task in ("boolq", "hellaswag") else 8
+    limit = {"boolq": 2, "hellaswag": 2, "arc_challenge": 4, "truthfulqa_mc2_pypi": 1}.get(task, 6)
     chosen = tasks.load_tasks([task], "local")
     ours = harness(SharedPrefixLM(model, tokenizer, 8), chosen, limit)[task]
     theirs = harness(stock(model, tokenizer, batch_size=8), chosen, limit)[task]
@@ -387,4 +588,6 @@ def test_real_benchmark_items_equal_the_stock_model(smollm, task):
     for one, other in zip(ours, theirs, strict=True):
         assert one["doc_hash"] == other["doc_hash"] and one["arguments"] == other["arguments"]
         assert_same_answers(one["filtered_resps"], other["filtered_resps"])
-        assert [one[metric] for metric in one["metrics"]] == [other[metric] for metric in other["metrics"]]
+        assert one["metrics"] == other["metrics"]
+        for metric in one["metrics"]:  # an accuracy is equal, a share of probability or a difference of likelihoods nearly
+            assert one[metric] == pytest.approx(other[metric], abs=TOLERANCE)

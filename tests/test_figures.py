@@ -1,5 +1,6 @@
 """Figures and the figures notebook on synthetic artifacts: what is drawn, reproducible files, studies with gaps."""
 
+import json
 import subprocess
 import sys
 
@@ -204,27 +205,22 @@ def artifact(study, stage_name, key, make):
     """Put a synthetic artifact into a study as a finished one."""
     writer = artifacts.Writer(study / stage_name / key)
     make(writer.partial)
-    writer.finish({}, {}, {})
+    writer.finish({}, {}, {"versions": {}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None, "dirty": None}})
 
 
 def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypatch):
     monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path))
     study = tmp_path / "paper"
-    cells = [(None, 0.0, None)] + [(c, r, s) for c in ("entropy", "one_hot_ce") for r in (0.1, 0.2) for s in (0, 1)]
+    cells = [("dense", 0.0, None)] + [(c, r, s) for c in ("entropy", "one_hot_ce") for r in (0.1, 0.2) for s in (0, 1)]
     for i, (name, ratio, seed) in enumerate(cells):
         artifact(
-            study,
-            "evaluation",
-            f"{i:016x}",
-            lambda to, n=name, r=ratio, s=seed: synthetic.evaluation(to, n or "dense", r, s, n_items=15),
+            study, "evaluation", f"{i:016x}", lambda to, n=name, r=ratio, s=seed: synthetic.evaluation(to, n, r, s, n_items=15)
         )
-        if name:
-            artifact(study, "pruning", f"{i:016x}", lambda to, n=name, r=ratio, s=seed: synthetic.pruning(to, n, r, s))
-    artifact(study, "scoring", f"{0:016x}", synthetic.scoring)
     made = stage.execute("figures", "paper", {"n_resamples": 200})
-    for name in ("criterion.csv", "ablation.md", "fidelity.html", "paired.csv"):
+    for name in ("criterion.csv", "ablation.md", "fidelity.html", "paired.csv", "published.md", "published_defects.csv"):
         assert made.path(f"tables/{name}").stat().st_size
-    for name in ("forest", "importance", "rank_agreement", "kept_overlap", "next_tokens", "against_ratio"):
+    assert json.loads(made.path("tables/protocol.json").read_text())["settings"]["dtype"] == ["bfloat16"]
+    for name in ("forest", "next_tokens", "against_ratio"):
         assert made.path(f"figures/{name}.png").stat().st_size and made.path(f"figures/{name}.svg").stat().st_size
     before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*") if path.name != "notebook.ipynb"}
     again = tmp_path / "again.ipynb"
@@ -234,5 +230,6 @@ def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypa
     assert before == {path: path.stat().st_mtime_ns for path in made.folder.rglob("*") if path.name != "notebook.ipynb"}
     outputs = [output for cell in nbformat.read(again, 4).cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]
-    assert sum("image/png" in data for data in shown) == 6
-    assert any("The paper (LLaMA-2-7B" in data.get("text/markdown", "") for data in shown)
+    assert sum("image/png" in data for data in shown) == 3
+    said = "".join(data.get("text/markdown", "") for data in shown)
+    assert "The paper (LLaMA-2-7B" in said and "would have been found with 80 % chance" in said and "Item sampling alone" in said

@@ -114,3 +114,69 @@ def test_weights_that_are_dequantised_are_told(own_cache):
     assert "dequantised" in models.notes("smollm2-135m")[0]
     assert any("tied again" in note for note in models.notes("qwen2.5-coder-0.5b"))
     assert models.notes("meta-llama/Llama-2-7b-hf") == []
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"), [("flash", "attention 'flash' is unknown"), ("flash_attention_2", "choose sdpa")]
+)
+def test_an_attention_that_is_not_there_is_told_in_one_sentence(attention, words, own_cache):
+    with pytest.raises(UserError, match=words):
+        models.load(models.TINY, device="cpu", attention=attention)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_asked_for_is_used(attention, own_cache):
+    model, _ = models.load(models.TINY, device="cpu", attention=attention)
+    assert model.config._attn_implementation == attention
+
+
+def test_a_balanced_model_is_spread_by_accelerate_and_scores_the_same(own_cache, monkeypatch, token_windows):
+    """Accelerate's hooks move activations between devices; here all of them are the CPU."""
+    from accelerate import dispatch_model
+    from transformers import AutoModelForCausalLM
+
+    from hfprune_nb.method import scoring
+
+    plain, _ = models.load(models.TINY, dtype="float32", device="cpu")
+    original, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def from_pretrained(*arguments, device_map=None, **rest):
+        asked.append(device_map)
+        places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+        places |= {f"model.layers.{layer}": "cpu" for layer in range(3)}
+        return dispatch_model(original(*arguments, **rest), places, force_hooks=True)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    spread, _ = models.load(models.TINY, dtype="float32", device="balanced")
+    assert asked == ["auto"] and hasattr(spread.model.layers[0], "_hf_hook")
+    for settings in ({}, {"activation_checkpointing": True}):
+        expected = scoring.score(plain, token_windows, ["entropy", "self_distillation"], progress=False, **settings).importance
+        found = scoring.score(spread, token_windows, ["entropy", "self_distillation"], progress=False, **settings).importance
+        assert all(torch.equal(values, found[name]) for name, values in expected.items())
+
+
+def test_a_model_larger_than_the_gpus_is_told_in_one_sentence(own_cache, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *arguments, device_map, **rest: original(*arguments, **rest).to("meta")
+    )
+    with pytest.raises(UserError, match="the GPUs cannot hold all"):
+        models.load(models.TINY, device="balanced")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+def test_logits_of_the_head_are_float32_sums_of_exact_products(kind, tiny):
+    model = tiny("llama", dtype=kind, vocab_size=5000, hidden_size=64)
+    hidden = torch.randn(7, 64, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    exact = hidden.double() @ model.lm_head.weight.double().t()
+    found = models.head(model).logits(hidden)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    variable = hidden.clone().requires_grad_()
+    torch.testing.assert_close(models.head(model).logits(variable), found, rtol=1e-5, atol=1e-5)
+    assert models.head(model).logits(variable).requires_grad
+    out = torch.empty(7, 5000)
+    assert models.head(model).logits(hidden, out=out).data_ptr() == out.data_ptr() and torch.equal(out, found)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "a setting of the whole process was left behind"

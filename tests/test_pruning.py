@@ -1,18 +1,20 @@
 """Exact arithmetic of ratios, and narrow models that answer as silenced ones do."""
 
 import errno
+import functools
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import models
-from hfprune_nb.method import allocation, pruning
-from hfprune_nb.method.activations import silenced
+from hfprune_nb.method import allocation, compensation, pruning
+from hfprune_nb.method.activations import replaced, silenced
 
 
 def importance_of(model, seed=0):
@@ -143,3 +145,128 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(pruning, "save_file", full)
     with pytest.raises(UserError, match="disk is full"):
         pruning.save_kept(torch.tensor([[0]]), tmp_path / "kept.safetensors")
+
+
+# Least-squares compensation
+
+
+def activations(model, windows):
+    """The neurons' activations of each layer, (tokens, neurons) float64."""
+    seen = {}
+
+    def keep(layer, hidden):
+        seen[layer] = hidden.flatten(0, 1).double()
+        return hidden
+
+    with torch.no_grad(), replaced(model, keep):
+        model(input_ids=torch.as_tensor(windows))
+    return [seen[layer].numpy() for layer in range(len(seen))]
+
+
+@functools.cache
+def biased_model():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 61}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, mlp_bias=True, initializer_range=0.3)).double().eval()
+    return model.requires_grad_(False)
+
+
+def some_kept(model, width=24):
+    return pruning.kept_neurons(importance_of(model), [width] * len(models.gated_mlps(model)))
+
+
+@pytest.mark.parametrize(("architecture", "bias"), [("llama", False), ("qwen2", False), ("phi3", False), ("llama-biases", True)])
+def test_compensation_is_the_closed_form_optimum(architecture, bias, tiny, token_windows):
+    """Without a noticeable ridge the repaired weight is the least-squares solution that numpy finds."""
+    model = tiny(architecture, "float64")
+    kept = some_kept(model)
+    repaired, errors = compensation.least_squares(model, token_windows, kept, bias, ridge=1e-12, progress=False)
+    for mlp, hidden, indices in zip(models.gated_mlps(model), activations(model, token_windows), kept.numpy(), strict=True):
+        target = hidden @ mlp.down.weight.numpy().T
+        inputs = hidden[:, indices]
+        if bias:
+            inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
+        solution, *_ = np.linalg.lstsq(inputs, target, rcond=None)
+        weight = repaired[f"layers.{mlp.layer}.weight"].numpy()
+        np.testing.assert_allclose(weight, solution[: len(indices)].T, rtol=1e-4, atol=1e-6)
+        if bias:
+            shift = repaired[f"layers.{mlp.layer}.bias"].numpy() - mlp.down.bias.numpy()
+            np.testing.assert_allclose(shift, solution[-1], rtol=1e-4, atol=1e-6)
+        left = np.linalg.norm(target - inputs @ solution) / np.linalg.norm(target)
+        assert errors.loc[mlp.layer, "repaired"] == pytest.approx(left, rel=1e-4, abs=1e-6)
+
+
+@given(st.floats(1e-8, 1e6), st.integers(1, 39), st.booleans(), st.integers(0, 9))
+def test_compensation_never_rebuilds_its_own_text_worse_than_slicing(ridge, width, bias, seed):
+    model = biased_model()
+    kept = pruning.kept_neurons(importance_of(model, seed), [width] * 3)
+    windows = np.random.default_rng(seed).integers(0, 61, (2, 6))  # fewer tokens than neurons: singular without the ridge
+    repaired, errors = compensation.least_squares(model, windows, kept, bias, ridge, progress=False)
+    assert (errors["repaired"] <= errors["slicing"] * (1 + 1e-9)).all() and np.isfinite(errors).all(axis=None)
+    for mlp, hidden, indices in zip(models.gated_mlps(model), activations(model, windows), kept.numpy(), strict=True):
+        weight = mlp.down.weight.numpy()
+        target = hidden @ weight.T
+        sliced = np.linalg.norm(target - hidden[:, indices] @ weight[:, indices].T) / np.linalg.norm(target)
+        assert errors.loc[mlp.layer, "slicing"] == pytest.approx(sliced, rel=1e-6, abs=1e-9)
+    assert all(torch.isfinite(tensor).all() for tensor in repaired.values())
+
+
+def test_a_huge_ridge_is_plain_slicing_and_repair_helps_the_whole_model(tiny, token_windows):
+    tokens = torch.as_tensor(token_windows)
+    dense = tiny("llama")
+    kept = some_kept(dense, 32)
+    sliced = compensation.least_squares(dense, token_windows, kept, ridge=1e12, progress=False)[0]
+    for mlp, indices in zip(models.gated_mlps(dense), kept, strict=True):
+        torch.testing.assert_close(sliced[f"layers.{mlp.layer}.weight"], mlp.down.weight[:, indices])
+    repaired = compensation.least_squares(dense, token_windows, kept, progress=False)[0]
+    with torch.no_grad():
+        expected = dense(input_ids=tokens).logits
+        plain = (pruning.narrow(tiny("llama"), kept)(input_ids=tokens).logits - expected).norm()
+        model = pruning.repair(pruning.narrow(tiny("llama"), kept), repaired)
+        assert (model(input_ids=tokens).logits - expected).norm() < plain
+
+
+@pytest.mark.parametrize(("architecture", "bias"), [("llama", False), ("llama", True), ("llama-biases", True), ("qwen2", False)])
+def test_a_repaired_model_is_rebuilt_from_its_folder_and_reloads_without_our_code(
+    architecture, bias, tiny, token_windows, tmp_path
+):
+    dense = tiny(architecture)
+    kept = some_kept(dense)
+    repaired, _ = compensation.least_squares(dense, token_windows, kept, bias, progress=False)
+    pruning.save_kept(kept, tmp_path / "kept.safetensors")
+    pruning.save_tensors(repaired, tmp_path / "repaired.safetensors")
+    tokens = torch.as_tensor(token_windows)
+    with torch.no_grad():
+        expected = pruning.repair(pruning.narrow(dense, kept), repaired)(input_ids=tokens).logits
+        rebuilt = pruning.rebuild(tiny(architecture), tmp_path)
+        assert torch.equal(rebuilt(input_ids=tokens).logits, expected)
+        rebuilt.save_pretrained(tmp_path / "checkpoint")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32).eval()
+        assert torch.equal(again(input_ids=tokens).logits, expected)
+        (tmp_path / "repaired.safetensors").unlink()
+        plain = pruning.rebuild(tiny(architecture), tmp_path)(input_ids=tokens).logits
+        assert torch.equal(plain, pruning.narrow(tiny(architecture), kept)(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "words"),
+    [
+        ("qwen2", {"bias": True}, "no MLP biases"),
+        ("phi3", {"bias": True}, "no MLP biases"),
+        ("llama", {"ridge": 0.0}, "ridge"),
+        ("llama", {"windows": np.empty((0, 4), dtype=int)}, "window"),
+    ],
+)
+def test_what_cannot_be_repaired_gets_one_sentence(architecture, settings, words, tiny, token_windows):
+    model = tiny(architecture)
+    given_ = {"windows": token_windows, "progress": False} | settings
+    with pytest.raises(UserError, match=words) as caught:
+        compensation.least_squares(model, given_.pop("windows"), some_kept(model), **given_)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_repair_of_another_model_is_refused(tiny, token_windows):
+    model = tiny("llama")
+    repaired, _ = compensation.least_squares(model, token_windows, some_kept(model), progress=False)
+    with pytest.raises(UserError, match="do not fit"):
+        pruning.repair(pruning.narrow(tiny("llama"), some_kept(model, 30)), repaired)

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import models
-from hfprune_nb.method import pruning, scoring
+from hfprune_nb.method import attention, pruning, scoring
 from hfprune_nb.method.activations import replaced, silenced
 
 THREE = ["one_hot_ce", "entropy", "self_distillation"]
@@ -120,12 +120,14 @@ def test_scoring_leaves_the_model_as_it_was(aggregation, tiny, token_windows):
     scoring.score(model, token_windows, THREE, aggregation=aggregation, progress=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
-    assert not any(mlp.down._forward_pre_hooks for mlp in models.gated_mlps(model))
+    assert not any(mlp.down._forward_pre_hooks or mlp.up._forward_hooks for mlp in models.gated_mlps(model))
 
 
 def test_no_logits_larger_than_a_chunk_ever_exist(tiny, token_windows, monkeypatch):
     seen, original = [], models.Head.logits
-    monkeypatch.setattr(models.Head, "logits", lambda self, hidden: seen.append(len(hidden)) or original(self, hidden))
+    monkeypatch.setattr(
+        models.Head, "logits", lambda self, hidden, **out: seen.append(len(hidden)) or original(self, hidden, **out)
+    )
     scoring.score(tiny("llama"), token_windows, THREE, batch_size=9, chunk_size=10, progress=False)
     assert max(seen) == 10
 
@@ -177,10 +179,10 @@ def test_broken_weights_and_dead_models_are_refused(tiny, token_windows):
         scoring.score(dead, token_windows, ["entropy"], progress=False)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "chunk_size"])
-def test_sizes_below_one_are_refused(name, tiny, token_windows):
-    with pytest.raises(UserError, match=f"{name} 0 is too small"):
-        scoring.score(tiny("llama"), token_windows, ["entropy"], progress=False, **{name: 0})
+@pytest.mark.parametrize(("name", "value"), [("batch_size", -1), ("chunk_size", 0), ("checkpoint_every", 0)])
+def test_sizes_that_are_too_small_are_refused(name, value, tiny, token_windows):
+    with pytest.raises(UserError, match=f"{name} {value} is too small"):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], progress=False, **{name: value})
 
 
 def test_an_unknown_aggregation_is_refused(tiny, token_windows):
@@ -209,3 +211,38 @@ def test_scores_of_another_model_or_a_truncated_file_are_refused(tiny, token_win
         scoring.load_importance(file, "magnitude")
     with pytest.raises(UserError, match="does not exist"):
         scoring.load_importance(tmp_path / "none.safetensors", "magnitude")
+
+
+# Attention in blocks
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma"])
+def test_attention_in_blocks_is_the_same_attention(architecture, tiny, token_windows, monkeypatch):
+    """The engine's own attention against the model's, with windows that are no multiple of the block and heads in groups."""
+    monkeypatch.setattr(attention, "_BLOCK", 5)
+    model = tiny(architecture, dtype="float64", num_attention_heads=4, num_key_value_heads=2)
+    calls = []
+    monkeypatch.setattr(attention._CausalBlocks, "apply", spied(attention._CausalBlocks.apply, calls))
+    found = scoring.score(model, token_windows, ["entropy"], progress=False).importance["entropy"]
+    assert calls and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found, naive(model, token_windows, "entropy"), rtol=1e-5, atol=1e-9)
+
+
+def spied(function, calls):
+    return lambda *arguments: calls.append(None) or function(*arguments)
+
+
+def test_attention_that_is_not_plainly_causal_is_left_to_torch(tiny, token_windows, monkeypatch):
+    model, calls = tiny("mistral", dtype="float64", sliding_window=4), []
+    monkeypatch.setattr(attention._CausalBlocks, "apply", spied(attention._CausalBlocks.apply, calls))
+    found = scoring.score(model, token_windows, ["entropy"], progress=False).importance["entropy"]
+    assert not calls
+    torch.testing.assert_close(found, naive(model, token_windows, "entropy"), rtol=1e-5, atol=1e-9)
+
+
+def test_a_model_loaded_with_another_attention_keeps_it(tiny, token_windows, monkeypatch):
+    model, calls = tiny("llama"), []
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(attention._CausalBlocks, "apply", spied(attention._CausalBlocks.apply, calls))
+    scoring.score(model, token_windows, ["entropy"], progress=False)
+    assert not calls and model.config._attn_implementation == "eager"

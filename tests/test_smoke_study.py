@@ -75,10 +75,10 @@ def smoke(tmp_path_factory):
 
 
 def test_every_cell_of_the_grid_is_computed(smoke):
-    assert "24 cells" in smoke.answer.stdout and "24 computed, 0 done, 0 failed, 0 skipped" in smoke.answer.stdout
-    counts = {stage: len(smoke.artifacts(stage)) for stage in ("calibration", "scoring", "pruning", "evaluation", "figures")}
+    assert "26 cells" in smoke.answer.stdout and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer.stdout
     # Two seeds, five criteria, one ratio; magnitude reads weights only and has one seed.
-    assert counts == {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1}
+    expected = {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1, "experiments": 1, "questions": 1}
+    assert {stage: len(smoke.artifacts(stage)) for stage in expected} == expected
 
 
 def test_nothing_unfinished_is_left(smoke):
@@ -103,19 +103,31 @@ def test_every_artifact_keeps_its_executed_notebook_and_card(smoke):
 
 
 def test_results_are_published_for_a_reader(smoke):
-    for name in ("criterion", "ablation", "fidelity", "paired"):
+    for name in ("criterion", "ablation", "fidelity", "paired", "published", "truth"):
         for suffix in ("csv", "md", "html"):
             assert (smoke.folder / "tables" / f"{name}.{suffix}").stat().st_size > 0
-    for name in ("forest", "importance", "rank_agreement", "kept_overlap", "next_tokens", "against_ratio"):
+    drawn = (
+        "forest",
+        "next_tokens",
+        "against_ratio",
+        "importance",
+        "rank_agreement",
+        "kept_overlap",
+        "truth",
+        "calibration",
+        "gradient",
+    )
+    for name in drawn:
         for suffix in ("png", "svg"):
             assert (smoke.folder / "figures" / f"{name}.{suffix}").stat().st_size > 1000
     pages = {path.stem for path in (smoke.folder / "notebooks").glob("*.html")}
-    assert pages == {"01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"}
+    chain = {"01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"}
+    assert pages == chain | {"08_experiments", "09_questions"}
     index = (smoke.folder / "index.html").read_text(encoding="utf-8")
     for link in re.findall(r'href="([^"]+)"', index):
         assert (smoke.folder / link).is_file(), link
     assert (smoke.folder / "study.yaml").read_bytes() == STUDY.read_bytes()
-    assert len(json.loads((smoke.folder / "cards.json").read_text(encoding="utf-8"))) == 24
+    assert len(json.loads((smoke.folder / "cards.json").read_text(encoding="utf-8"))) == 26
 
 
 def test_the_criterion_table_holds_dense_and_every_criterion(smoke):
@@ -147,7 +159,7 @@ def test_a_finished_study_does_nothing_and_says_so(smoke):
     began = time.monotonic()
     answer = smoke.hfprune("study", "run", "smoke")
     assert time.monotonic() - began < 5
-    assert answer.returncode == 0 and "24 cells, nothing to do" in answer.stdout
+    assert answer.returncode == 0 and "26 cells, nothing to do" in answer.stdout
     assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")} == before
 
 
@@ -162,7 +174,7 @@ def test_a_deleted_artifact_is_the_only_one_made_again(smoke):
     shutil.rmtree(chosen.folder)
     answer = smoke.hfprune("study", "run", "smoke")
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "1 computed, 23 done, 0 failed" in answer.stdout
+    assert "1 computed, 25 done, 0 failed" in answer.stdout
     again = smoke.made()
     assert [reference for reference in sealed if again[reference] != sealed[reference]] == [chosen.reference]
     assert chosen.digest == digest

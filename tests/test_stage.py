@@ -153,7 +153,7 @@ def test_bad_inputs_are_refused(project, tmp_path):
         start_all("scoring", calibration=str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match="missing or unfinished"):
         start_all("scoring", calibration="calibration/0123456789abcdef")
-    with pytest.raises(UserError, match="'reference' of evaluation goes with 'pruned' only"):
+    with pytest.raises(UserError, match="'reference' of evaluation goes with 'pruned' or 'recovered' only"):
         start_all("evaluation", reference="evaluation/0123456789abcdef")
     artifact.path("value.txt").write_text("edited")
     with pytest.raises(UserError, match="damaged"):
@@ -173,11 +173,11 @@ def test_empty_inputs_are_made_with_the_parameters_handed_down(project):
 
 def test_dense_evaluation_has_no_inputs_and_a_pruned_one_gets_its_reference(project):
     dense = start_all("evaluation", tasks=["other"])
-    assert dense.inputs == {"pruned": None, "reference": None}
+    assert dense.inputs == {"pruned": None, "recovered": None, "reference": None}
     dense = finish(dense)
     pruned = finish(start_all("pruning"))
     run = start_all("evaluation", pruned=pruned.reference, tasks=["other"])
-    assert run.inputs == {"pruned": pruned, "reference": dense}
+    assert run.inputs == {"pruned": pruned, "recovered": None, "reference": dense}
 
 
 def test_empty_list_means_every_finished_artifact(project):
@@ -185,7 +185,7 @@ def test_empty_list_means_every_finished_artifact(project):
     start_all("evaluation", seed=9).path("value.txt").write_text("unfinished")
     run = start_all("figures")
     assert [artifact.reference for artifact in run.inputs["evaluations"]] == made == run.parameters["evaluations"]
-    assert run.inputs["scorings"] == []
+    assert start_all("questions").inputs["scorings"] == []
 
 
 # -- execution by papermill

@@ -207,3 +207,59 @@ def test_too_few_resamples_and_empty_values_are_refused():
     for name in ("mean_interval", "wilcoxon", "sign_test", "bootstrap_interval"):
         with pytest.raises(UserError, match="at least one"):
             getattr(statistics, name)([])
+    with pytest.raises(UserError, match="empty"):
+        statistics.rank_correlation([], [])
+
+
+def test_smallest_detectable_effect_on_textbook_values():
+    # Bloom (1995): 2.80 standard errors at 5 % two-sided and 80 % power, 3.24 at 90 %.
+    assert statistics.smallest_detectable(1.0) == pytest.approx(2.80, abs=0.005)
+    assert statistics.smallest_detectable(1.0, power=0.9) == pytest.approx(3.24, abs=0.005)
+    # Nine comparisons: z(1 - 0.05 / 18) = 2.773 and z(0.8) = 0.842 in the tables of the normal distribution.
+    assert statistics.smallest_detectable(2.0, n_comparisons=9) == pytest.approx(2 * (2.7729 + 0.8416), abs=1e-3)
+
+
+def test_the_smallest_detectable_effect_is_found_four_times_in_five():
+    rng = np.random.default_rng(13)
+    effect = statistics.smallest_detectable(1 / np.sqrt(80))
+    zero = tidy(np.zeros(80))
+    found = [statistics.paired_difference(tidy(rng.normal(effect, 1, 80)), zero, 0, 400).p < 0.05 for _ in range(400)]
+    assert 0.74 <= np.mean(found) <= 0.87
+
+
+def test_rank_correlation_on_a_textbook_ranking():
+    # IQ and weekly hours of television of ten people: squared rank differences sum to 194, Spearman 1 - 6 * 194 / 990.
+    iq = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110]
+    television = [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]
+    found = statistics.rank_correlation(iq, television, n_resamples=500)
+    assert found.mean == pytest.approx(1 - 6 * 194 / 990) and found.low < found.mean < found.high and found.n_items == 10
+
+
+def test_rank_correlation_within_groups_is_the_mean_of_scipys():
+    rng = np.random.default_rng(14)
+    group = np.repeat([0, 1, 2], 20)
+    a, b = rng.normal(size=60) + 5 * group, rng.normal(size=60) + 5 * group
+    expected = np.mean([stats.spearmanr(a[group == g], b[group == g]).statistic for g in range(3)])
+    assert statistics.rank_correlation(a, b, n_resamples=100, group=group).mean == pytest.approx(expected)
+    assert statistics.rank_correlation(a, b, n_resamples=100).mean == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert statistics.rank_correlation(a, np.ones(60), n_resamples=100).mean == 0
+
+
+def test_coverage_of_the_rank_correlation():
+    rng, covered = np.random.default_rng(15), []
+    truth = 6 / np.pi * np.arcsin(0.6 / 2)  # Spearman's of a binormal with Pearson's 0.6
+    for _ in range(300):
+        x, noise = rng.normal(size=(2, 80))
+        interval = statistics.rank_correlation(x, 0.6 * x + 0.8 * noise, 0, 300)
+        covered.append(interval.low <= truth <= interval.high)
+    assert 0.89 <= np.mean(covered) <= 0.98
+
+
+def test_the_better_predictor_is_found_and_equal_ones_are_not_told_apart():
+    rng = np.random.default_rng(16)
+    target = rng.normal(size=150)
+    good, poor, other = (target + spread * rng.normal(size=150) for spread in (0.2, 2.0, 2.0))
+    better = statistics.rank_correlation_difference(good, poor, target, n_resamples=500)
+    assert better.low > 0 and better.p < 0.01
+    assert statistics.rank_correlation_difference(poor, other, target, n_resamples=500).crosses_zero
+    assert statistics.rank_correlation_difference(poor, poor, target, n_resamples=200).p == 1.0

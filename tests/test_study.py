@@ -1,17 +1,20 @@
 """Studies on toy notebooks: the grid, resuming, early cut-off, local failures, interrupts that leave nothing."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import toys
 
+from hfprune_nb import progress
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import kernel, stage, study
 from hfprune_nb.runs.artifacts import Artifact, read_json
@@ -79,6 +82,7 @@ def figures_value(loaded, cell):
         ({"calibration": {"n_windows": "8"}}, "section calibration: parameter 'n_windows'"),
         ({"calibration": {"seed": 8}}, "calibration.seed is set by the grid"),
         ({"scoring": {"calibration": "x"}}, "scoring.calibration is set by the grid"),
+        ({"recovery": {}, "recovery_criteria": ["entropie"]}, "recovery_criteria: unknown 'entropie', did you mean 'entropy'"),
     ],
 )
 def test_bad_study_is_refused_in_one_sentence(project, changes, message):
@@ -102,7 +106,7 @@ def test_bad_file_is_refused(project):
 def test_plan_is_the_grid(project):
     loaded = study.load("toy")
     plan = study.plan(loaded)
-    counts = {name: len(cells(loaded, name)) for name in stage.STAGES}
+    counts = Counter(cell.stage for cell in plan)
     assert counts == {"calibration": 2, "scoring": 2, "pruning": 3, "evaluation": 4, "figures": 1}
     assert [cell.place["seed"] for cell in cells(loaded, "pruning") if cell.place["criterion"] == "magnitude"] == [0]
     assert plan[0].place == {"model": "tiny", "criterion": "dense"}
@@ -122,6 +126,49 @@ def test_neuron_ratios_leave_the_ratio_unset(project):
     toys.write_study(project, "neurons", ratios=None, neuron_ratios=[0.5])
     for cell in cells(study.load("neurons"), "pruning"):
         assert (cell.parameters["ratio"], cell.parameters["neuron_ratio"]) == (0.0, 0.5)
+
+
+def test_cost_and_experiments_need_no_grid(project):
+    empty = {"seeds": None, "criteria": None, "ratios": None, "evaluation": None}
+    toys.write_study(project, "cost", models=["tiny", "other"], cost={"repeats": 2}, **empty)
+    plan = study.plan(study.load("cost"))
+    assert [(cell.stage, cell.parameters, cell.depends_on) for cell in plan] == [
+        ("cost", {"model": model, "repeats": 2}, ()) for model in ("tiny", "other")
+    ]
+    toys.write_study(project, "both", cost={}, experiments={"ablations": 2}, **empty)
+    assert [cell.stage for cell in study.plan(study.load("both"))] == ["cost", "experiments", "questions"]
+
+
+def test_questions_wait_for_everything_that_they_show(project):
+    toys.write_study(project, "asked", experiments={})
+    plan = study.plan(study.load("asked"))
+    counts = Counter(cell.stage for cell in plan)
+    assert counts == {
+        "calibration": 2, "scoring": 2, "pruning": 3, "evaluation": 4, "figures": 1, "experiments": 1, "questions": 1,
+    }  # fmt: skip
+    last = plan[-1]
+    assert last.stage == "questions" and len(last.depends_on) == len(set(last.depends_on)) == 2 + 3 + 4 + 1
+    assert all(sorted(last.parameters[name]) == last.parameters[name] for name in stage.STAGES["questions"].inputs)
+
+
+@pytest.mark.parametrize(("criteria", "tuned"), [(None, {"entropy"}), (["magnitude", "entropy"], {"magnitude", "entropy"})])
+def test_recovery_tunes_the_dense_model_once_and_the_chosen_criteria(project, criteria, tuned):
+    toys.write_study(project, "tuned", recovery={"steps": 5}, recovery_criteria=criteria)
+    loaded = study.load("tuned")
+    plan = {cell.reference: cell for cell in study.plan(loaded)}
+    recoveries = cells(loaded, "recovery")
+    prunings = [cell for cell in cells(loaded, "pruning") if cell.place["criterion"] in tuned]
+    assert sorted(cell.parameters["pruned"] for cell in recoveries) == sorted(["", *(cell.reference for cell in prunings)])
+    evaluated = [cell for cell in cells(loaded, "evaluation") if cell.parameters["recovered"]]
+    assert {cell.parameters["recovered"] for cell in evaluated} == {cell.reference for cell in recoveries}
+    for cell in evaluated:
+        source = plan[cell.parameters["recovered"]]
+        assert cell.parameters["pruned"] == source.parameters["pruned"] and source.parameters["steps"] == 5
+        assert plan[cell.parameters["reference"]].place == {"model": "tiny", "criterion": "dense"}
+        assert set(cell.depends_on) >= {source.reference, cell.parameters["reference"]} and "" not in cell.depends_on
+    positions = list(plan)
+    assert all(positions.index(name) < positions.index(cell.reference) for cell in plan.values() for name in cell.depends_on)
+    assert len(cells(loaded, "evaluation")) == 4 + len(recoveries)
 
 
 def test_plan_table_has_one_row_per_cell(project):
@@ -292,3 +339,63 @@ def test_interrupt_leaves_no_kernel_and_no_trace(project):
         with pytest.raises(ProcessLookupError):
             os.kill(int(mark.read_text()), 0)
     assert not list((loaded.folder / "calibration").glob("*.ipynb"))
+
+
+# -- what is shown
+
+
+def test_status_tells_progress_and_owner_of_a_running_cell(project):
+    loaded = study.load("toy")
+    cell = cells(loaded, "scoring")[0]
+    running = Artifact(loaded.folder / cell.reference)
+    shutil.rmtree(running.folder)
+    code = (
+        "import sys, time; from pathlib import Path; from hfprune_nb.runs.locks import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); lock.take(); print('held', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, stage.lock(running).path],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert owner.stdout.readline() == "held\n"
+        told = {"what": "scoring", "n": 250, "total": 1000, "unit": "tok", "rate": 5.0, "time": time.time()}
+        stage.progress_file(running).write_text(json.dumps(told))
+        (line,) = [outcome.line() for outcome in study.status(loaded) if outcome.state == "running"]
+        assert "scoring 25%, 5 tok/s, 2 min left" in line and f"process {owner.pid} on" in line
+    finally:
+        owner.kill()
+        owner.wait()
+    assert {o.state for o in study.status(loaded) if o.cell == cell} == {"waiting"}
+
+
+def test_a_batch_run_tells_its_progress_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_PROGRESS", "log")
+    monkeypatch.setenv(progress.PROGRESS_FILE, str(tmp_path / "progress.json"))
+    with progress.bar(8, "window", "held-out text") as bar:
+        assert progress.told(tmp_path / "progress.json").startswith("held-out text 0%")
+        bar.update(2)
+        bar.refresh()
+        assert progress.told(tmp_path / "progress.json").startswith("held-out text 25%, ")
+    monkeypatch.setenv(progress.PROGRESS_FILE, str(tmp_path / "missing" / "progress.json"))
+    with progress.bar(8, "window", "held-out text") as bar:
+        bar.update(8)
+    assert progress.told(tmp_path / "missing" / "progress.json") == ""
+
+
+def test_the_log_of_a_run_is_json_by_line(finished_project):
+    (path,) = (finished_project / "results" / "toy" / "log").glob("*.jsonl")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = Counter(event["event"] for event in events)
+    assert kinds == {"start": 12, "computed": 12, "end": 1} and events[-1]["computed"] == 12
+    assert all(event["time"] and event["seconds"] >= 0 for event in events if event["event"] == "computed")
+
+
+def test_several_cells_of_a_published_stage_keep_their_places_in_the_names(project):
+    toys.write_study(project, "cost", models=["tiny", "other"], seeds=None, criteria=None, ratios=None, evaluation=None, cost={})
+    loaded = study.load("cost")
+    assert study.run(loaded, progress=False).ok
+    assert [path.name for path in study.published(loaded, "tables", ".csv")] == ["table_other.csv", "table_tiny.csv"]
+    assert [path.stem for path in study.published(loaded, "notebooks", ".html")] == ["07_cost"]

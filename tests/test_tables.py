@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.report import measurements, tables
+from hfprune_nb.report import measurements, published, tables
 
 FAST = {"n_resamples": 200}
 
@@ -75,7 +75,8 @@ def test_published_values_stand_beside_ours_and_never_inside(criterion):
         assert all("paper" in name or "measured" in name for name in table.display.columns[3:])
     row = fidelity.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
     assert row["JS distance, paper: LLaMA-2-7B"] == "0.243"
-    assert "columns may be swapped" in row["Remark on the paper's value"]
+    assert row["Top-15 Jaccard, paper: LLaMA-2-7B"] == f"0.439 {tables.INCONSISTENT}"
+    assert "should fall" in row["Remark on the paper's value"]
     assert set(criterion.long["source"]) == {"measured"}
 
 
@@ -128,6 +129,63 @@ def test_protocol_names_what_a_reader_must_know(results):
         "achieved 19.98 %",
     ):
         assert fact in note, fact
+
+
+def test_detectable_differences_are_those_of_the_standard_error(paired):
+    row = paired.long[paired.long["column"] == "average"].iloc[0]
+    assert row["detectable"] == pytest.approx(2.8016 * row["standard_error"], rel=1e-3)
+    assert row["detectable_holm"] > row["detectable"] > 0
+    assert f"{row['detectable']:.1f} / {row['detectable_holm']:.1f}" in list(paired.display["Detectable"])
+    sentences = [s for s in tables.findings(tables.Table("c", "", paired.long.iloc[:0], None, ()), paired) if "80 %" in s]
+    assert not sentences, "a model without cells has no sentence"
+
+
+def test_every_table_says_what_it_could_not_have_found(criterion, paired):
+    noted = tables.with_detectable(criterion, paired)
+    largest = paired.long.loc[paired.long["column"] == "average", "detectable"].max()
+    for table in (noted, tables.ablation_table(noted), tables.fidelity_table(noted)):
+        assert f"average of tasks, points: {largest:.1f}" in table.markdown()
+    nothing = tables.Table("paired", "", paired.long.iloc[:0], paired.display, ())
+    assert tables.with_detectable(criterion, nothing) is criterion
+
+
+def test_findings_say_what_could_have_been_found(criterion, paired):
+    (points,) = [s for s in tables.findings(criterion, paired) if "points or more between two criteria" in s]
+    rows = paired.long[paired.long["column"] == "average"]
+    assert f"{rows['detectable'].max():.1f} points or more" in points and "with 80 % chance" in points
+    found = rows["verdict"].str.endswith(" better").sum()
+    assert f"{found} of 9 comparisons found one" in points
+    (nats,) = [s for s in tables.findings(criterion, paired) if "nats per token or more" in s]
+    assert "log-perplexity c4" in nats
+
+
+def test_protocol_is_written_for_machines(results, tmp_path):
+    facts = json.loads(measurements.write_protocol(results, tmp_path).read_text())
+    assert facts["settings"]["lm_eval"] == ["0.4.12"] and facts["calibration_seeds"] == [0, 1, 2]
+    assert {task["task"]: task["metric"] for task in facts["tasks"]} == synthetic.TASKS
+    assert facts["held_out_windows"]["perplexity"] == {"c4": 30, "wikitext": 30}
+    assert len(facts["models"]) == len(results.models) and facts["notes"] == results.notes
+
+
+def test_the_card_of_an_artifact_tells_versions_machine_and_commit(tmp_path):
+    folder = synthetic.evaluation(tmp_path / "dense")
+    card = {"versions": {"torch": "2.13.0"}, "platform": "Linux-6.1-x86_64", "cpu_count": 2, "threads": 1}
+    (folder / "card.json").write_text(json.dumps(card | {"git": {"commit": "0123456789abcdef", "dirty": True}}))
+    note = measurements.protocol_note(measurements.collect([folder]))
+    for fact in ("torch 2.13.0", "hardware 2 processors (Linux) of which 1 used", "commit 0123456789ab with changes"):
+        assert fact in note
+
+
+def test_tuned_models_and_skipped_tasks_are_told_and_not_mixed_in(tmp_path):
+    dense = synthetic.evaluation(tmp_path / "dense", skipped={"race": "race has no offline data and was skipped."})
+    tuned = synthetic.evaluation(tmp_path / "tuned", tuned=True)
+    repaired = synthetic.evaluation(tmp_path / "repaired", compensation="bias")
+    results = measurements.collect([tuned, dense, repaired])
+    assert len(results.models) == 1
+    note = measurements.protocol_note(results)
+    assert "race has no offline data" in note and "2 evaluations of tuned or repaired models are not shown" in note
+    with pytest.raises(UserError, match="tuned or repaired models only"):
+        measurements.collect([tuned])
 
 
 def test_written_files_are_complete_and_reproducible(criterion, paired, tmp_path):
@@ -245,7 +303,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="lacks 'criterion'"):
         measurements.collect([folder])
     with pytest.raises(UserError, match="missing"):
-        tables.published(tmp_path / "nowhere.csv")
+        published.read(tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize(

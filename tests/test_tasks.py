@@ -1,5 +1,7 @@
 """A task on local records asks exactly what the harness asks on the hub's records."""
 
+import csv
+import json
 import re
 from types import SimpleNamespace
 
@@ -93,6 +95,53 @@ def test_the_hubs_silence_is_told(monkeypatch):
         tasks.load_tasks(["piqa"], "hub")
 
 
+def test_tasks_of_the_hub_are_skipped_with_a_sentence():
+    asked = ["race", "smoke_choice", "generation", "crows_pairs_english", "truthfulqa_mc2", "sciq"]
+    assert list(tasks.load_tasks(asked, "local")) == ["smoke_choice"]
+    found = tasks.skipped(asked, "local")
+    assert list(found) == ["race", "gsm8k", "ifeval", "crows_pairs_english", "truthfulqa_mc2", "sciq"]
+    for name, sentence in found.items():
+        assert sentence.startswith(f"{name} was skipped, because ") and sentence.endswith("with task_source hub it is evaluated.")
+        assert "\n" not in sentence
+    # A task of another edition is suggested by its name.
+    editions = {benchmark.edition_of: name for name, benchmark in benchmarks.BENCHMARKS.items() if benchmark.edition_of}
+    assert set(editions) == {"crows_pairs_english", "truthfulqa_mc2"}
+    assert all(edition in found[name] for name, edition in editions.items())
+    assert tasks.skipped(asked, "auto") == tasks.skipped(asked, "hub") == {}
+
+
+def test_an_edition_of_our_own_is_not_asked_of_the_hub():
+    with pytest.raises(UserError, match="'crows_pairs_1508' is local only: name crows_pairs_english"):
+        tasks.load_tasks(["crows_pairs_1508"], "hub")
+
+
+def test_a_package_that_a_task_needs_is_named(monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'langdetect'")
+
+    monkeypatch.setattr(tasks, "load_yaml", missing)
+    with pytest.raises(UserError, match=r"'ifeval' needs a package .*langdetect.* install lm_eval\[ifeval\]"):
+        tasks.load_tasks(["ifeval"], "hub")
+
+
+# The paper's ten tasks, two more, and two generation tasks: what tables show of each.
+SHOWN = {
+    "arc_challenge": "acc_norm", "arc_easy": "acc_norm", "boolq": "acc", "crows_pairs_english": "pct_stereotype",
+    "openbookqa": "acc_norm", "piqa": "acc_norm", "race": "acc", "social_iqa": "acc", "truthfulqa_mc2": "acc",
+    "winogrande": "acc", "hellaswag": "acc_norm", "sciq": "acc_norm", "gsm8k": "exact_match",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_harness_has_the_task_and_its_metric(name):
+    harness = load_yaml(tasks._harness_file(name))
+    assert harness["task"] == name
+    metrics = [metric["metric"] for metric in harness["metric_list"]]
+    assert tasks.shown_metric(metrics, "paper") == SHOWN[name]
+    accuracy = SHOWN[name] if name.startswith(("crows", "gsm8k")) else "acc"
+    assert tasks.shown_metric(metrics, "acc") == accuracy
+
+
 def test_a_benchmark_without_records_is_refused():
     with pytest.raises(UserError, match="benchmark 'race' has no local records"):
         benchmarks.benchmark_path("race")
@@ -106,6 +155,7 @@ def test_a_benchmark_is_whole(registry, name):
     harness = load_yaml(tasks._harness_file(name))
     assert tasks.describe(task)["items"] == expected.rows
     assert harness["metadata"]["version"] == task.VERSION
+    assert task.config.task == name
     assert tasks.describe(task)["metrics"] == [metric["metric"] for metric in harness["metric_list"]]
     # The split that the harness scores is its test split where it names one.
     assert expected.split == (harness.get("test_split") or harness["validation_split"])
@@ -135,3 +185,51 @@ def test_boolq_has_superglues_titles_and_balance(registry):
     assert all(re.match(r"\S.* -- ", record["passage"]) and not record["question"].endswith("?") for record in table)
     # SuperGLUE's validation set answers yes to 2,033 of its 3,270 questions.
     assert sum(record["label"] for record in table) == 2033
+
+
+@pytest.mark.registry
+def test_crows_pairs_asks_what_the_harness_asks_on_the_same_pairs(registry):
+    with assets.path("crows-pairs").open(encoding="utf-8", newline="") as lines:
+        pairs = list(csv.DictReader(lines))
+    # The file's first column numbers the pairs and has no name, which the harness would take for its empty prompt.
+    table = datasets.Dataset.from_list([{name: pair[name] for name in pair if name} for pair in pairs]).data.table
+    asked = requests(tasks.load_tasks(["crows_pairs_1508"], "local")["crows_pairs_1508"])
+    assert asked == requests(GivenTask("crows_pairs_1508", "test", table))
+    assert all(prompt == "" and gold == 0 for prompt, _, gold in asked)
+    assert [choices for _, choices, _ in asked] == [[pair["sent_more"], pair["sent_less"]] for pair in pairs]
+
+
+@pytest.mark.registry
+def test_truthfulqa_asks_what_the_harness_asks_on_the_same_records(registry):
+    folder = assets.path("truthfulqa")
+    single, later = (
+        [json.loads(line) for line in (folder / file).read_text(encoding="utf-8").split("\n") if line]
+        for file in ("single_choice.jsonl", "true_answers.jsonl")
+    )
+    task = tasks.load_tasks(["truthfulqa_mc2_pypi"], "local")["truthfulqa_mc2_pypi"]
+    asked = requests(task)
+    assert asked == requests(GivenTask("truthfulqa_mc2_pypi", "validation", benchmarks.read_records("truthfulqa_mc2_pypi", "")))
+    labels = [record["mc2_targets"]["labels"] for record in task.eval_docs]
+    assert sum(map(len, labels)) == sum(len(choices) for _, choices, _ in asked) == 6132
+    answers = {" ".join(record["question"].split()): set(record["answer"]) for record in later}
+    for (prompt, choices, gold), label, record in zip(asked, labels, single, strict=True):
+        right = ord(record["answer"]) - ord("A")
+        assert prompt.endswith(f"\n\nQ: {record['question']}\nA:") and gold == 0
+        assert choices[0] == record["choices"][right] and label == sorted(label, reverse=True)
+        true, false = choices[: sum(label)], choices[sum(label) :]
+        # The false answers are the single-choice question's, which are the hub's own; the other true ones are the later list's.
+        assert false == [choice for place, choice in enumerate(record["choices"]) if place != right]
+        known = answers.get(" ".join(record["question"].split()), set())
+        assert all({answer, answer.removesuffix(".")} & {one.strip() for one in known} for answer in true[1:])
+        assert len(set(choices)) == len(choices)
+
+
+@pytest.mark.registry
+def test_task_prompts_are_the_harness_s_own(registry):
+    texts = list(benchmarks.prompts())
+    first, last = texts[0], texts[-1]
+    assert len(texts) == 62 == len(set(texts)) and min(map(len, texts)) > 5_000
+    loaded = tasks.load_tasks(benchmarks._PROMPTS, "local")
+    for text, places in ((first, range(8)), (last, range(488, 496))):
+        expected = [task.doc_to_text(task.eval_docs[place]) for place in places for task in loaded.values()]
+        assert text == "\n\n".join(expected)

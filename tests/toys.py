@@ -7,7 +7,8 @@ import nbformat
 import yaml
 
 CALIBRATION = (
-    'study: str = "toy"\nmodel: str = "tiny"\ncorpus: str = "text"\nn_windows: int = 4\nseed: int = 0\nlength: float = 1.0',
+    'study: str = "toy"\nmodel: str = "tiny"\ncorpus: str = "text"\nn_windows: int = 4\nseq_len: int = 8\nseed: int = 0\n'
+    "length: float = 1.0",
     "(corpus, n_windows, seed, length)",
 )
 SCORING = (
@@ -20,14 +21,26 @@ PRUNING = (
     'neuron_ratio: float = 0.0\nseed: int = 0\ndevice: str = "cpu"',
     "(read(run.inputs['scores']), criterion, ratio)",
 )
+RECOVERY = (
+    'study: str = "toy"\nmodel: str = "tiny"\npruned: str = ""\nsteps: int = 3\nseed: int = 0\nrecipe: str = "toy"\n'
+    'data: str = "text"\nn_records: int = 2\nepochs: float = 0.0\nmax_steps: int = 0',
+    "('tuned', read(run.inputs['pruned']), steps)",
+)
 EVALUATION = (
-    'study: str = "toy"\nmodel: str = "tiny"\npruned: str = ""\nreference: str = ""\ntasks: list[str] = ["choice"]\n'
-    "limit: any = None\nseed: int = 0",
-    "(read(run.inputs['pruned']), read(run.inputs['reference']), tasks)",
+    'study: str = "toy"\nmodel: str = "tiny"\npruned: str = ""\nrecovered: str = ""\nreference: str = ""\n'
+    'tasks: list[str] = ["choice"]\nlimit: any = None\nseed: int = 0\nperplexity_corpora: list = ["text"]\n'
+    "n_windows: int = 2\nseq_len: int = 8",
+    "(read(run.inputs['pruned']), read(run.inputs.get('recovered')), read(run.inputs['reference']), tasks)",
 )
 FIGURES = (
     'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []\ntitle: str = "Toy"',
     "[read(artifact) for artifact in run.inputs['evaluations']]",
+)
+COST = ('study: str = "toy"\nmodel: str = "tiny"\nrepeats: int = 3', "repeats")
+EXPERIMENTS = ('study: str = "toy"\nmodel: str = "tiny"\nablations: int = 4\nseed: int = 0', "ablations")
+QUESTIONS = (
+    'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []\nexperiments: list = []',
+    "[read(artifact) for artifact in run.inputs['experiments']]",
 )
 STEP = """\
 from hfprune_nb import stage
@@ -70,13 +83,19 @@ def write_stage(project: Path, stage: str, file: str, toy: tuple[str, str], befo
 
 
 def write_project(project: Path) -> Path:
-    """Write the five toy notebooks and the study `toy` (13 cells: 2 seeds, entropy and magnitude, 1 ratio)."""
+    """Write the toy notebooks and the study `toy` (12 cells: 2 seeds, entropy and magnitude, 1 ratio)."""
     write_stage(project, "calibration", "01_calibration.ipynb", CALIBRATION)
     write_stage(project, "scoring", "02_scoring.ipynb", SCORING)
     write_stage(project, "pruning", "03_pruning.ipynb", PRUNING)
+    write_stage(project, "recovery", "04_recovery.ipynb", RECOVERY)
     write_stage(project, "evaluation", "05_evaluation.ipynb", EVALUATION)
     write_stage(project, "figures", "06_figures.ipynb", FIGURES)
+    write_stage(project, "cost", "07_cost.ipynb", COST)
+    write_stage(project, "experiments", "08_experiments.ipynb", EXPERIMENTS)
+    write_stage(project, "questions", "09_questions.ipynb", QUESTIONS)
     write_study(project)
+    (project / "data").mkdir()
+    (project / "data" / "rates.yaml").write_bytes((Path(__file__).parents[1] / "data" / "rates.yaml").read_bytes())
     return project
 
 

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets
+from hfprune_nb.inputs import assets, benchmarks
 
 SPLITS = ("calibration", "evaluation")
+TASK_PROMPTS = "task-prompts"
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
@@ -83,13 +84,15 @@ def documents(corpus: str, split: str = "calibration", text_column: str = "text"
     `c4`          hub, allenai/c4 en train        its validation split; both streamed, shuffled in a buffer
     `c4-sample`   asset c4-calibration            asset c4-held-out less the documents that both have
     `wikitext`    WikiText-2 raw train, by page   its test pages
+    task-prompts  none                            prompts of six local benchmarks in turns, without any answer
     local file    nine documents in ten           one in ten, chosen by `document_hash`
     hub id        train split                     its validation or test split, else one document in ten as above
 
     A local file is .txt (documents separated by blank lines; without any blank line, one document per line), .jsonl,
     .json (a list of records) or .parquet, the last three with the text in `text_column`; a relative path is looked up
     in the working directory, then in the project. A hub id may carry a configuration: `owner/name:configuration`.
-    Raises UserError for an unknown split, a corpus that is missing, and a text column that does not exist.
+    Raises UserError for an unknown split or one that the corpus has not, a corpus that is missing, and a text column that
+    does not exist.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
@@ -99,6 +102,10 @@ def documents(corpus: str, split: str = "calibration", text_column: str = "text"
         return _shuffled(_c4_sample(split), seed)
     if corpus == "wikitext":
         return _shuffled(_wikitext(split), seed)
+    if corpus == TASK_PROMPTS:
+        if split == "calibration":
+            raise UserError(f"corpus {TASK_PROMPTS!r} is for evaluation only: calibrate on other text than the tasks' own")
+        return _shuffled(benchmarks.prompts(), seed)
     if Path(corpus).suffix in LOCAL_SUFFIXES:
         return _shuffled(_share(_from_file(_local_file(corpus), text_column), split), seed)
     return _hub_dataset(corpus, split, text_column, seed)
@@ -311,6 +318,6 @@ def _hub_errors(corpus: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(
-            f"corpus {corpus!r} is neither c4-sample, wikitext nor a local file, and the hub did not give it "
+            f"corpus {corpus!r} is neither c4-sample, wikitext, {TASK_PROMPTS} nor a local file, and the hub did not give it "
             f"({type(error).__name__}): check the name and the connection, or choose one of those"
         ) from error

@@ -12,17 +12,25 @@ from torch import nn
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 TINY = "tiny-random-llama"
+_TILE = 2048  # rows of a half-precision head that are float32 at once on the CPU: such a tile stays in its cache
 # GGUF files that store the input embedding and the head apart although the original model ties them; the head is the
 # better-quantised of the two (Q8_0 against Q5_0), so both take its values.
 _RETIED = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
 
 
 def aliases() -> list[str]:
-    """Return the model names that the kit can fetch from a package registry, and the tiny random one of the smoke study."""
+    """Return the model names that the kit can fetch from a package registry, and the tiny random one of the smoke study.
+
+    Only the last where the libraries that fetch are not installed: folders and hub ids need none of them.
+    """
+    try:
+        from hfprune_nb.inputs import assets
+    except ImportError:
+        return [TINY]
     return [asset.name for asset in assets.list_assets() if asset.kind == "model"] + [TINY]
 
 
@@ -34,7 +42,10 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def resolve_device(device: str) -> str:
-    """Return the device to use: `auto` is CUDA where there is one, else the CPU; raise UserError without CUDA."""
+    """Return the device to use: `auto` is CUDA where there is one, else the CPU; raise UserError without CUDA.
+
+    `balanced` stays as it is: which devices a model is spread over is decided when it is loaded.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -42,7 +53,7 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def load(name: str, dtype: str = "bfloat16", device: str = "auto", trust_remote_code: bool = False):
+def load(name: str, dtype: str = "bfloat16", device: str = "auto", trust_remote_code: bool = False, attention: str = "sdpa"):
     """Load a causal language model and its tokenizer, frozen and in evaluation mode.
 
     Parameters
@@ -50,17 +61,30 @@ def load(name: str, dtype: str = "bfloat16", device: str = "auto", trust_remote_
     name : an alias (`hfprune assets list`), a hub id, a local folder, or either of the last two followed by `/FILE.gguf`.
         A GGUF model is dequantised once and cached as safetensors in bfloat16, so that every dtype holds the same weights.
     dtype : float16, bfloat16, float32 or float64.
-    device : auto, cpu, cuda or cuda:N.
+    device : auto, cpu, cuda or cuda:N; `balanced` spreads the layers over all GPUs (accelerate's `device_map="auto"`), for
+        models larger than one of them.
+    attention : sdpa (torch's fused kernels), eager (plain matrix products) or flash_attention_2 (the flash-attn package).
 
-    Returns (model, tokenizer). Raises UserError for an unknown name, dtype or device.
+    Returns (model, tokenizer). Raises UserError for an unknown name, dtype, device or attention, for an attention that is not
+    installed, and for a balanced model that does not fit in the GPUs.
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
+    _check_attention(attention, torch_device)
     source = _source(name)
     from transformers import AutoModelForCausalLM
 
+    placement = {"device_map": "auto"} if device == "balanced" else {}
     with _one_sentence(name):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, trust_remote_code=trust_remote_code)
-    model.to(torch_device).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, trust_remote_code=trust_remote_code, attn_implementation=attention, **placement
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(
+            f"device: the GPUs cannot hold all of '{name}', so a part was left on the CPU or disk: use more or larger GPUs."
+        )
+    if not placement:
+        model.to(torch_device)
+    model.eval().requires_grad_(False)
     return model, _load_tokenizer(name, source, trust_remote_code)
 
 
@@ -144,46 +168,84 @@ class Head:
     """The map from final hidden states to float32 logits of one model, with the model's own logit scaling and capping."""
 
     module: nn.Linear
-    weight: torch.Tensor
     multiplier: float = 1.0
     softcap: float | None = None
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits (positions, vocabulary) of final hidden states (positions, hidden), in float32 or wider."""
-        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-            # Half-precision inputs, products and sums kept in float32 by the matrix unit: no float32 copy of the head.
-            scores = torch.mm(hidden, self.module.weight.t(), out_dtype=torch.float32)
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix (vocabulary, hidden), in the dtype of the model."""
+        return self.module.weight
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return logits (positions, vocabulary) of final hidden states (positions, hidden), in float32 or wider.
+
+        Half-precision inputs are multiplied exactly and summed in float32. out : memory for them where no
+        gradient is asked for, of that dtype and shape.
+        """
+        hidden = hidden.to(self.weight.device)
+        if self.weight.dtype in (torch.float32, torch.float64):
+            scores = torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out=out)
+        elif torch.is_grad_enabled() and hidden.requires_grad:
+            scores = torch.mm(hidden.float(), self.weight.float().t())
+        elif hidden.is_cuda and hidden.dtype == self.weight.dtype:
+            scores = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=out)
         else:
-            scores = torch.mm(hidden.to(self.weight.dtype), self.weight.t())
+            scores = self._logits_in_tiles(hidden, out)
         if self.module.bias is not None:
             scores = scores + self.module.bias
-        scores = scores * self.multiplier
+        if self.multiplier != 1:
+            scores = scores * self.multiplier
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
+    def _logits_in_tiles(self, hidden, out):
+        """Multiply as on CUDA, one small float32 tile of the head after the other: no float32 copy of the head."""
+        scores = hidden.new_empty(len(hidden), len(self.weight), dtype=torch.float32) if out is None else out
+        wide, tile = hidden.float(), self.weight.new_empty(_TILE, self.weight.shape[1], dtype=torch.float32)
+        exact = "bf16" if hidden.dtype == self.weight.dtype == torch.bfloat16 else "ieee"
+        with _matmul_precision(exact):
+            for start in range(0, len(self.weight), _TILE):
+                rows = self.weight[start : start + _TILE]
+                torch.mm(wide, tile[: len(rows)].copy_(rows).t(), out=scores[:, start : start + _TILE])
+        return scores
 
     def hidden_gradient(self, logits: torch.Tensor, logit_gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient (positions, hidden) for the hidden states, given `logits` and the gradient for them."""
+        return torch.mm(self.product_gradient(logits, logit_gradient).to(self.weight.dtype), self.weight)
+
+    def product_gradient(self, logits: torch.Tensor, logit_gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (positions, vocabulary) for the plain product with the head, before scaling and capping."""
         if self.softcap:
             logit_gradient = logit_gradient * (1 - (logits / self.softcap) ** 2)
-        weight = self.module.weight
-        return torch.mm((logit_gradient * self.multiplier).to(weight.dtype), weight)
+        return logit_gradient * self.multiplier if self.multiplier != 1 else logit_gradient
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str):
+    # Of bfloat16 values in float32 tensors nothing is lost when products take bfloat16 inputs, and the CPU's bfloat16 unit sums
+    # in float32: the same logits 2.4 times as fast. A CPU without that unit ignores the setting.
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def head(model: nn.Module) -> Head:
     """Return the language-model head of `model`; raise UserError for a model that treats its logits in a way unknown here."""
     module, config = model.get_output_embeddings(), model.config.get_text_config()
-    wide = module.weight.dtype in (torch.float32, torch.float64) or module.weight.is_cuda
     multiplier = 1.0
     if scaling := getattr(config, "logits_scaling", None):  # Granite divides
         multiplier /= scaling
     if scale := getattr(config, "logit_scale", None):  # Cohere multiplies
         multiplier *= scale
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 3
-    found = Head(module, module.weight if wide else module.weight.float(), multiplier, softcap)
-    probe = torch.arange(4, device=module.weight.device)[None]
+    found = Head(module, multiplier, softcap)
+    probe = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits[0].float()
         actual = found.logits(final_hidden(model, probe)[0]).float()
-    if (actual - expected).abs().max() > 0.03 * expected.abs().max():
+    if (actual.to(expected.device) - expected).abs().max() > 0.03 * expected.abs().max():
         raise UserError(
             f"model: {type(model).__name__} is not supported: it changes its logits after `lm_head` in an unknown way."
         )
@@ -195,10 +257,24 @@ def final_hidden(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
     return model.get_decoder()(input_ids=token_ids, use_cache=False).last_hidden_state
 
 
+def _check_attention(attention: str, device: str) -> None:
+    if attention not in ATTENTIONS:
+        raise UserError(f"attention '{attention}' is unknown: choose one of {', '.join(ATTENTIONS)}.")
+    if attention == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available
+
+        if device == "cpu" or not is_flash_attn_2_available():
+            raise UserError(
+                "attention 'flash_attention_2' is not available: it needs CUDA and the flash-attn package; choose sdpa."
+            )
+
+
 def _source(name: str) -> str:
     if name == TINY:
         return str(_cached(f"{TINY}-1", _write_tiny))
     if name in aliases():
+        from hfprune_nb.inputs import assets
+
         gguf = assets.path(name)
         file = gguf if gguf.is_file() else next(gguf.glob("*.gguf"))
         return str(_cached(name, lambda folder: _convert_gguf(str(file.parent), file.name, folder, name in _RETIED)))

@@ -1,6 +1,7 @@
 """What a model can still do: benchmark items, perplexity, fidelity to the dense model, next tokens on sample prompts."""
 
 import dataclasses
+import hashlib
 import logging
 from pathlib import Path
 
@@ -8,16 +9,20 @@ import lm_eval
 import numpy as np
 import pandas as pd
 import torch
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import assets
 from hfprune_nb.inputs.models import Head, final_hidden, head
 from hfprune_nb.measure import fidelity
 from hfprune_nb.measure.harness import SharedPrefixLM
-from hfprune_nb.measure.tasks import describe, load_tasks
+from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric, skipped
 from hfprune_nb.progress import bar
 
+ITEM_COLUMNS = ["task", "doc_id", "doc_hash", "metric", "value"]
+FEWSHOT_SEED = 1234  # lm-eval's default
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -32,8 +37,7 @@ class HeldOut:
     """Measurements on held-out windows.
 
     perplexity : one row per window (window, tokens, nll in nats summed over the window).
-    fidelity : one row per window (window, positions, js, kl, jaccard15, top1), means over the window's compared positions; None
-        without a dense reference.
+    fidelity : one row per window and split of its positions (`fidelity.by_window`); None without a dense reference.
     hidden : (windows, positions compared, hidden) final hidden states, which are the reference for other models.
     """
 
@@ -70,7 +74,7 @@ def held_out(
         )
     own_head = head(model)
     device = own_head.weight.device
-    nll_rows, fidelity_rows, kept_hidden = [], [], []
+    nll_rows, compared, kept_hidden = [], [], []
     with bar(windows.size, "tok", "held-out text", enabled=progress) as progress_bar:
         for start in range(0, count, batch_size):
             batch = torch.as_tensor(windows[start : start + batch_size], dtype=torch.long, device=device)
@@ -83,12 +87,10 @@ def held_out(
                 kept_hidden.append(hidden[row, places].cpu())
                 if reference is not None:
                     dense_logits = reference_head.logits(reference[index].to(hidden))
-                    means = fidelity.compare(logits[places], dense_logits).mean()
-                    fidelity_rows.append({"window": index, "positions": len(places), **means})
+                    compared.append(fidelity.compare(logits[places], dense_logits).assign(window=index))
             progress_bar.update(batch.numel())
-    return HeldOut(
-        pd.DataFrame(nll_rows), pd.DataFrame(fidelity_rows) if reference is not None else None, torch.stack(kept_hidden)
-    )
+    found = fidelity.by_window(pd.concat(compared, ignore_index=True)) if compared else None
+    return HeldOut(pd.DataFrame(nll_rows), found, torch.stack(kept_hidden))
 
 
 def stack(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -105,40 +107,74 @@ def save_reference(hidden: dict[str, torch.Tensor], file: Path) -> None:
 
 def benchmark_items(
     model, tokenizer, names: list[str], source: str = "auto", limit: int = 0, batch_size: int = 16, bos: bool = False,
-    max_length: int = 2048,
-) -> tuple[pd.DataFrame, dict]:  # fmt: skip
-    """Run lm-eval tasks on an in-memory model, and keep every item.
+    metric: str = "paper", scratch: Path | None = None, max_length: int = 2048,
+) -> tuple[pd.DataFrame, dict, dict[str, str]]:  # fmt: skip
+    """Run lm-eval tasks on an in-memory model, each on its own, and keep every item.
 
     names, source : tasks and where their records come from, as in `tasks.load_tasks`; limit : the first so many items of each
-    task (0 = all). Returns one row per item and metric (task, doc_id, doc_hash, metric, value), and the protocol of each task
-    (metric that the tables show, shots, version, number of items in all, source). Raises UserError for an unknown task.
+    task (0 = all); metric : which of a task's metrics its tables show, as in `tasks.shown_metric`; scratch : a folder in which
+    finished tasks are kept, so that a run with the same arguments that was killed goes on with the next task. Returns one row
+    per item and metric (task, doc_id, doc_hash, metric, value), the protocol of each task (metric, shots, version, number of
+    items in all, source), and a sentence for each skipped task. Raises UserError for an unknown task or metric.
     """
     _check_positive(batch_size=batch_size)
     if limit < 0:
         raise UserError(f"limit {limit} is negative: give the number of items per task, or 0 for all.")
-    if not names:
-        return pd.DataFrame(columns=["task", "doc_id", "doc_hash", "metric", "value"]), {}
-    chosen = load_tasks(names, source)
+    if metric not in METRICS:
+        raise UserError(f"metric {metric!r} is unknown: choose one of {', '.join(METRICS)}.")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    results = lm_eval.simple_evaluate(
-        model=SharedPrefixLM(model, tokenizer, batch_size, min(max_length, _context_length(model, max_length)), bos),
-        tasks=list(chosen.values()),
-        task_manager=TaskManager(include_defaults=False),
+    language_model = SharedPrefixLM(model, tokenizer, batch_size, min(max_length, _context_length(model, max_length)), bos)
+    frames, protocol = [], {}
+    for name, task in load_tasks(names, source).items():
+        kept = scratch / f"{name}.parquet" if scratch else None
+        if kept and kept.is_file():
+            items = pd.read_parquet(kept)
+        else:
+            items = _task_items(language_model, name, task, limit)
+            if kept:
+                partial = kept.with_suffix(".partial")
+                items.to_parquet(partial, index=False)
+                partial.replace(kept)
+        frames.append(items)
+        facts = describe(task)
+        del facts["metrics"]
+        protocol[name] = {"metric": shown_metric(items["metric"].unique().tolist(), metric), **facts}
+    items = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=ITEM_COLUMNS)
+    return items, protocol, skipped(names, source)
+
+
+def _task_items(language_model, name: str, task: Task, limit: int) -> pd.DataFrame:
+    # What lm_eval.simple_evaluate does to a task; it would also ask pip for the list of packages, which takes half a second.
+    task.set_config("num_fewshot", task.config.num_fewshot or 0)
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    results = lm_eval.evaluate(
+        lm=language_model,
+        task_dict=TaskManager(include_defaults=False).load([task]),
         limit=limit or None,
         log_samples=True,
         bootstrap_iters=0,
     )
-    rows, protocol = [], {}
-    for name, task in chosen.items():
-        facts = describe(task)
-        metrics = [metric for metric in facts.pop("metrics") if metric in results["samples"][name][0]]
-        protocol[name] = {"metric": "acc_norm" if "acc_norm" in metrics else metrics[0], **facts}
-        rows += [
-            {"task": name, "doc_id": s["doc_id"], "doc_hash": s["doc_hash"], "metric": metric, "value": float(s[metric])}
-            for s in results["samples"][name]
-            for metric in metrics
-        ]
-    return pd.DataFrame(rows), protocol
+    rows = []
+    for sample in results["samples"][name]:
+        # A task that reads written answers in several ways has every item once per way.
+        way = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        values = {metric: sample[metric] for metric in sample["metrics"] if np.isscalar(sample[metric])}
+        rows += [(name, sample["doc_id"], sample["doc_hash"], metric + way, float(value)) for metric, value in values.items()]
+    return pd.DataFrame(rows, columns=ITEM_COLUMNS)
+
+
+def model_revision(name: str, model) -> str:
+    """Return what pins the weights of the loaded model `name`, for the protocol under a table.
+
+    A commit of the hub, or the first 16 hex digits of a SHA-256: of an asset's pinned file, else of the folder's config.json.
+    """
+    if commit := getattr(model.config, "_commit_hash", None):
+        return f"commit {commit}"
+    for asset in assets.list_assets():
+        if asset.name == name:
+            return f"file sha256 {asset.files[0].sha256[:16]}"
+    configuration = Path(model.config.name_or_path) / "config.json"
+    return f"config.json sha256 {hashlib.sha256(configuration.read_bytes()).hexdigest()[:16]}"
 
 
 def _check_positive(**values: int) -> None:

@@ -6,6 +6,8 @@ import torch
 
 TOP = 15
 METRICS = ("js", "kl", "jaccard15", "top1")
+ENTROPIES = ("entropy_dense", "entropy_model")
+SPLITS = ("all", "low_entropy", "high_entropy")
 
 
 def positions(seq_len: int, count: int) -> np.ndarray:
@@ -23,6 +25,7 @@ def compare(logits: torch.Tensor, dense_logits: torch.Tensor) -> pd.DataFrame:
     kl : divergence KL(dense || model) in nats.
     jaccard15 : Jaccard index of the two sets of 15 likeliest tokens, 0 to 1 (equal).
     top1 : 1 where both have the same likeliest token, else 0.
+    entropy_dense, entropy_model : entropy of each distribution in nats.
     """
     log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(dense_logits, -1)
     p, q = log_p.exp(), log_q.exp()
@@ -37,5 +40,25 @@ def compare(logits: torch.Tensor, dense_logits: torch.Tensor) -> pd.DataFrame:
             "kl": (q * (log_q - log_p)).sum(-1).clamp(min=0).double().cpu(),
             "jaccard15": (shared / (2 * top - shared)).cpu(),
             "top1": (ours[:, 0] == theirs[:, 0]).double().cpu(),
+            "entropy_dense": -(q * log_q).sum(-1).double().cpu(),
+            "entropy_model": -(p * log_p).sum(-1).double().cpu(),
         }
     )
+
+
+def by_window(positions: pd.DataFrame) -> pd.DataFrame:
+    """Average rows of `compare`, which have a column `window` as well, over the compared positions of each window.
+
+    Returns one row per window and split with columns window, positions (a name of SPLITS), compared (how many positions the
+    means are over), METRICS, ENTROPIES. The dense model's distributions at `low_entropy` positions have at most the median
+    entropy of all positions given, those at `high_entropy` positions more; a window without such positions has no row of it.
+    """
+    high = positions["entropy_dense"] > positions["entropy_dense"].median()
+    parts = []
+    for name, part in zip(SPLITS, (positions, positions[~high], positions[high]), strict=True):
+        windows = part.groupby("window")
+        means = windows[[*METRICS, *ENTROPIES]].mean()
+        means.insert(0, "positions", name)
+        means.insert(1, "compared", windows.size())
+        parts.append(means.reset_index())
+    return pd.concat(parts, ignore_index=True)

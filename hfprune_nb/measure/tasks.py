@@ -18,6 +18,25 @@ from hfprune_nb.errors import UserError
 from hfprune_nb.inputs.benchmarks import BENCHMARKS, benchmark_path
 
 SOURCES = ("auto", "local", "hub")
+# Known tasks whose records only the hub has: the harness's own file, and why they are skipped where the hub is not asked.
+HUB_ONLY = {
+    "race": ("race/race.yaml", "no package index has the official test split of RACE"),
+    "crows_pairs_english": (
+        "crows_pairs/crows_pairs_english.yaml",
+        "package indexes have the pairs as first published only, the task crows_pairs_1508",
+    ),
+    "truthfulqa_mc2": (
+        "truthfulqa/truthfulqa_mc2.yaml",
+        "package indexes have a later edition of its answers only, the task truthfulqa_mc2_pypi",
+    ),
+    "sciq": ("sciq/sciq.yaml", "package indexes have its validation split only and the harness scores the test split"),
+    "gsm8k": ("gsm8k/gsm8k.yaml", "the kit has no local records of it"),
+    "ifeval": ("ifeval/ifeval.yaml", "the kit has no local records of it"),
+}
+# Not in the paper: tasks in which the model writes its answer, hours on a CPU and minutes on a GPU.
+GROUPS = {"generation": ("gsm8k", "ifeval")}
+# The metric that tables show, by the parameter `metric`: the first of these that a task has. CrowS-Pairs has no accuracy.
+METRICS = {"paper": ("acc_norm", "pct_stereotype", "acc"), "acc": ("acc", "pct_stereotype", "acc_norm")}
 
 
 class LocalTask(ConfigurableTask):
@@ -33,18 +52,36 @@ class LocalTask(ConfigurableTask):
         return super().eval_docs
 
 
+def expand(names: Iterable[str]) -> list[str]:
+    """Return task names in their order, each once, with the kit's own groups replaced by their tasks."""
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def skipped(names: Iterable[str], source: str) -> dict[str, str]:
+    """Return, for the tasks that cannot be evaluated under `source`, one sentence that says why and what else to do."""
+    if source != "local":
+        return {}
+    return {
+        name: f"{name} was skipped, because {HUB_ONLY[name][1]}; with task_source hub it is evaluated."
+        for name in expand(names)
+        if name in HUB_ONLY
+    }
+
+
 def load_tasks(names: Iterable[str], source: str = "auto") -> dict[str, Task]:
-    """Return the named lm-eval tasks, in that order; a group or tag of the harness gives each of its tasks.
+    """Return the named lm-eval tasks, in that order; a group or tag gives each of its tasks, `skipped` ones are left out.
 
     source  `local`: the tasks of `inputs.benchmarks` and of `data/tasks/`, with no network; `hub`: the harness's own
             task and data; `auto`: local where there is such a task, else the hub.
-    Raises UserError for an unknown task (with the nearest names), a task without local records under `local`, and data
+    Raises UserError for an unknown task (with the nearest names), one that the hub does not have under `hub`, and data
     that the hub does not give.
     """
     if source not in SOURCES:
         raise UserError(f"source={source!r} is unknown: choose one of {', '.join(SOURCES)}")
-    found = {}
-    for name in names:
+    found, left_out = {}, skipped(names, source)
+    for name in expand(names):
+        if name in left_out:
+            continue
         if source != "hub" and name in local_names():
             found[name] = _local_task(name)
         elif source == "local":
@@ -71,12 +108,21 @@ def describe(task: Task) -> dict:
     }
 
 
+def shown_metric(metrics: list[str], choice: str) -> str:
+    """Return which of a task's metrics its tables show; `choice` is a key of METRICS.
+
+    `paper`: acc_norm where the harness gives it, pct_stereotype for CrowS-Pairs, else acc; `acc`: acc where there is one.
+    """
+    return next((metric for metric in METRICS[choice] if metric in metrics), metrics[0])
+
+
 def _own_folder() -> Path:
     return paths.data() / "tasks"
 
 
 def _harness_file(name: str) -> Path:
-    return Path(lm_eval.tasks.__file__).parent / BENCHMARKS[name].harness_file
+    file = BENCHMARKS[name].harness_file if name in BENCHMARKS else HUB_ONLY[name][0]
+    return Path(lm_eval.tasks.__file__).parent / file
 
 
 def _local_task(name: str) -> LocalTask:
@@ -85,7 +131,8 @@ def _local_task(name: str) -> LocalTask:
         # The harness takes shots from whatever other split is named and fails where it is absent, even for no shots.
         absent = {f"{other}_split": None for other in ("training", "validation", "test") if other != split}
         files = {split: str(benchmark_path(name))}
-        config = {**load_yaml(_harness_file(name)), **absent, "dataset_path": "parquet", "dataset_name": None}
+        stock = load_yaml(_harness_file(name))
+        config = {**stock, **absent, "task": name, "dataset_path": "parquet", "dataset_name": None}
     else:
         config = load_yaml(_own_folder() / f"{name}.yaml")
         # Paths in a task file of ours are relative to that file.
@@ -106,14 +153,19 @@ def _task_manager() -> TaskManager:
 
 
 def _hub_tasks(name: str) -> dict[str, Task]:
-    if name not in BENCHMARKS and name not in (known := _task_manager().all_tasks):
-        nearest = difflib.get_close_matches(name, {*local_names(), *known}, n=3)
+    if name in BENCHMARKS and BENCHMARKS[name].edition_of:
+        raise UserError(f"task {name!r} is local only: name {BENCHMARKS[name].edition_of} with source='hub'")
+    known = name in BENCHMARKS or name in HUB_ONLY
+    if not known and name not in (listed := _task_manager().all_tasks):
+        nearest = difflib.get_close_matches(name, {*local_names(), *GROUPS, *listed}, n=3)
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`lm_eval ls tasks` lists the names"
         raise UserError(f"task {name!r} is unknown to lm-eval: {hint}")
     try:
-        if name in BENCHMARKS:
+        if known:
             return {name: ConfigurableTask(config=load_yaml(_harness_file(name)))}
         return _task_manager().load([name])["tasks"]
+    except ImportError as error:
+        raise UserError(f"task {name!r} needs a package that is not installed ({error}): install lm_eval[{name}]") from error
     # The hub's client and the data loaders raise many types that share no base class.
     except Exception as error:
         raise UserError(

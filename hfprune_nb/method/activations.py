@@ -1,4 +1,4 @@
-"""Hooks on the input of every `down_proj`: where neurons are watched, and where they are silenced without being removed."""
+"""Hooks in every gated MLP: where neurons are watched, and where they are silenced without being removed."""
 
 import contextlib
 
@@ -19,6 +19,23 @@ def replaced(model, replace):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def factored(model, replace):
+    """Within the context, one factor f of every layer's h becomes `replace(l, f)`: that with `f * dC/df = h * dC/dh`.
+
+    As `h = act(gate x) * up x`, it is `up x`, which autograd holds anyway while h itself would be kept for nothing else. Where
+    gate and up are fused it is h.
+    """
+    with contextlib.ExitStack() as stack:
+        for mlp in gated_mlps(model):
+            if mlp.up is None:
+                hook = mlp.down.register_forward_pre_hook(lambda _, inputs, layer=mlp.layer: (replace(layer, inputs[0]),))
+            else:
+                hook = mlp.up.register_forward_hook(lambda _, inputs, output, layer=mlp.layer: replace(layer, output))
+            stack.callback(hook.remove)
+        yield
 
 
 def silenced(model, kept: torch.Tensor):

@@ -79,6 +79,52 @@ def narrow(model, kept: torch.Tensor):
     return model
 
 
+def repair(model, repaired: dict[str, torch.Tensor]):
+    """Give a narrowed model, in place, the `down_proj` of `compensation.least_squares`, and return the model.
+
+    repaired : `layers.<l>.weight` (hidden, neurons kept) and, if the repair has biases, `layers.<l>.bias` (hidden). Biases need
+    a configuration with `mlp_bias`, which covers all three projections: those of gate and up are then zero. Raises UserError when
+    the weights do not fit the model, or its plain architecture has no place for biases.
+    """
+    mlps, biased = gated_mlps(model), any(name.endswith(".bias") for name in repaired)
+    if biased:
+        check_takes_bias(model)
+        model.config.get_text_config().mlp_bias = True
+    for mlp in mlps:
+        weight = repaired.get(f"layers.{mlp.layer}.weight")
+        if weight is None or weight.shape != mlp.down.weight.shape:
+            raise UserError(f"repaired: the weights of layer {mlp.layer} do not fit: repair the model that was pruned.")
+        mlp.down.weight.data.copy_(weight)
+        if not biased:
+            continue
+        for module in (*mlp.inputs, mlp.down):
+            if module.bias is None:
+                module.bias = nn.Parameter(module.weight.new_zeros(module.out_features), module.weight.requires_grad)
+        mlp.down.bias.data.copy_(repaired[f"layers.{mlp.layer}.bias"])
+    return model
+
+
+def check_takes_bias(model) -> None:
+    """Raise UserError where a bias of `down_proj` would be lost when the model is saved and loaded with transformers."""
+    if not hasattr(model.config.get_text_config(), "mlp_bias"):
+        raise UserError(
+            f"compensation: {type(model).__name__} has no MLP biases in its configuration, so a repaired bias could not be saved "
+            "as a plain checkpoint: choose compensation: least_squares."
+        )
+
+
+def rebuild(model, folder: Path):
+    """Make `model`, the dense one, in place, the model that a finished pruning stage wrote into `folder`, and return it.
+
+    Reads kept.safetensors and, where the neurons left were repaired, repaired.safetensors. Raises UserError for files that are
+    missing, damaged or of another model.
+    """
+    folder = Path(folder)
+    narrow(model, load_kept(folder / "kept.safetensors"))
+    repaired = folder / "repaired.safetensors"
+    return repair(model, load_tensors(repaired)) if repaired.is_file() else model
+
+
 def save_checkpoint(model, tokenizer, folder: Path) -> None:
     """Write model and tokenizer as a plain transformers checkpoint; raise UserError when the disk is full."""
     with full_disk_in_one_sentence(folder):
@@ -88,8 +134,13 @@ def save_checkpoint(model, tokenizer, folder: Path) -> None:
 
 def save_kept(kept: torch.Tensor, file: Path) -> None:
     """Write kept indices (layers, neurons kept) as safetensors, one int64 tensor `layers.<l>` per layer."""
+    save_tensors({f"layers.{layer}": row for layer, row in enumerate(kept)}, file)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write tensors as safetensors; raise UserError when the disk is full."""
     with full_disk_in_one_sentence(file):
-        save_file({f"layers.{layer}": row.contiguous().cpu() for layer, row in enumerate(kept)}, file)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file)
 
 
 def load_kept(file: Path) -> torch.Tensor:

@@ -3,10 +3,14 @@
 Only activations get gradients: weights are frozen and the graph starts at the first layer's neurons. The vocabulary side has no
 graph at all: each criterion's closed-form gradient is taken in chunks of positions, so that no (positions, vocabulary) float32
 tensor larger than a chunk ever exists. Importance is summed in float64.
+
+What a batch adds is computed apart (`contributions`) and then summed (`totals`): a batch that runs out of memory is tried again
+in halves, a stopped run goes on from its checkpoint, and the processes of a group share the windows (`shards`).
 """
 
-import contextlib
 import dataclasses
+import hashlib
+import logging
 import time
 from pathlib import Path
 
@@ -15,13 +19,19 @@ import torch
 from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs.models import final_hidden, gated_mlps, head
+from hfprune_nb.inputs.models import gated_mlps
 from hfprune_nb.method import criteria as registry
-from hfprune_nb.method.activations import replaced, silenced
+from hfprune_nb.method import totals
+from hfprune_nb.method.attention import fast_on_cpu
+from hfprune_nb.method.contributions import Contributions
 from hfprune_nb.method.pruning import allocate, check_importance, full_disk_in_one_sentence, kept_neurons, load_tensors
 from hfprune_nb.progress import bar
 
 AGGREGATIONS = ("activation", "weight")
+# Enough tokens in a forward pass to fill the matrix units; more would only take memory.
+CPU_TOKENS, CUDA_TOKENS = 512, 32768
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -30,18 +40,29 @@ class Scores:
 
     importance : criterion -> (layers, neurons) float64, higher = keep.
     mean_value : criterion -> mean of C over all positions, in nats (only criteria that are a function of the logits).
-    tokens : calibration tokens that went through the model, summed over all forward passes; seconds : wall time.
+    tokens : calibration tokens that went through the model, summed over all forward passes and processes; seconds : wall time,
+        that before a resumed checkpoint included; batch_size : windows in a forward pass, as given or found.
+    snapshots : n -> criterion -> importance after the first n windows, for n = the powers of two and the total; only criteria
+        that read text. Self-distillation's student is at every n the one of the full first stage.
     """
 
     importance: dict[str, torch.Tensor]
     mean_value: dict[str, float]
     tokens: int
     seconds: float
+    batch_size: int = 0
+    snapshots: dict[int, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Write the importance tensors as safetensors; raise UserError when the disk is full."""
         with full_disk_in_one_sentence(file):
             save_file({name: tensor.contiguous() for name, tensor in self.importance.items()}, file)
+
+    def save_snapshots(self, file: Path) -> None:
+        """Write the snapshots as safetensors with keys `criterion/n`; raise UserError when the disk is full."""
+        tensors = {f"{name}/{n}": tensor.contiguous() for n, found in self.snapshots.items() for name, tensor in found.items()}
+        with full_disk_in_one_sentence(file):
+            save_file(tensors, file)
 
 
 def load_importance(file: Path, criterion: str, model=None) -> torch.Tensor:
@@ -60,6 +81,15 @@ def load_importance(file: Path, criterion: str, model=None) -> torch.Tensor:
     return importance
 
 
+def load_snapshots(file: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Read what `Scores.save_snapshots` wrote; raise UserError for a missing or truncated file."""
+    snapshots = {}
+    for key, tensor in load_tensors(file).items():
+        name, _, n = key.rpartition("/")
+        snapshots.setdefault(int(n), {})[name] = tensor
+    return dict(sorted(snapshots.items()))
+
+
 def score(
     model,
     windows: np.ndarray,
@@ -72,15 +102,24 @@ def score(
     temperature: float = 1.0,
     first_stage_ratio: float = 0.025,
     seed: int = 0,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 256,
     progress: bool = True,
 ) -> Scores:
     """Score every MLP neuron of `model` under all `criteria` (HFPrune Eq. 4).
 
+    In a `torch.distributed` process group each process scores every n-th window and all return the merged scores: one all-reduce
+    of float64 sums at the end of each pass. There are two passes with self-distillation, whose student is derived from the merged
+    scores of the first.
+
     Parameters
     ----------
     windows : (windows, seq) token ids; may be empty when no criterion reads text.
-    batch_size : windows in one forward pass; chunk_size : positions whose logits exist at once. Neither changes the scores
-        beyond float error.
+    batch_size : windows in one forward pass; 0: on CUDA what the first window shows to fit in free memory, on the CPU as many as
+        have 512 tokens, whatever the memory, so that the same windows give the same bytes. chunk_size : positions whose logits
+        exist at once. Neither changes the scores beyond float error. When memory runs out, the batch is tried again in halves.
     aggregation : `activation` is HFPrune's, `sum over tokens of |h * dC/dh|`. `weight` is SDMPrune's, `mean over the hidden
         dimension of the sum over windows of |g_down * w_down + g_up * w_up + g_gate * w_gate|`, g being the gradient of C for a
         weight; it takes one window at a time and memory for the gradients of all MLP weights.
@@ -88,157 +127,190 @@ def score(
         one-hot cross-entropy importance (SDMPrune's first stage; 3.9 instead of 4.0 times hidden size is 2.5 %). Neurons removed
         there rank last, in the order of the first stage.
     seed : of the `random` criterion.
+    compile : use torch.compile for the criteria and for the sums over positions, whose many small steps a GPU would start one by
+        one. On one CPU core it saved 5 % with SmolLM2-135M and 512-token windows. The decoder is never compiled: its layers took
+        a minute to compile there and ran no faster.
+    activation_checkpointing : keep each layer's input only, and compute each layer a second time, with its graph, when the
+        gradients of all criteria go back through it: one more forward, and the memory of one layer. For long windows; not with
+        aggregation `weight`.
+    checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every` windows
+        and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
+        files of any other run are ignored.
 
-    Raises UserError for an unknown criterion or aggregation, an unsupported architecture, missing text, or scores that are NaN
-    or all equal.
+    Raises UserError for an unknown criterion or aggregation, an unsupported architecture, missing text, a window that does not
+    fit in memory, or scores that are NaN or all equal.
     """
-    if not criteria:
-        raise UserError(f"criteria is empty: name at least one of {', '.join(registry.names())}.")
-    for name, value in (("batch_size", batch_size), ("chunk_size", chunk_size)):
-        if value < 1:
-            raise UserError(f"{name} {value} is too small: it must be at least 1.")
-    if aggregation not in AGGREGATIONS:
-        raise UserError(f"aggregation '{aggregation}' is unknown: choose one of {', '.join(AGGREGATIONS)}.")
+    _check(criteria, aggregation, activation_checkpointing, batch_size, chunk_size, checkpoint_every)
     chosen = [registry.create(name, alpha=alpha, temperature=temperature) for name in dict.fromkeys(criteria)]
     mlps = gated_mlps(model)
     from_weights = [criterion for criterion in chosen if isinstance(criterion, registry.WeightCriterion)]
     from_logits = [criterion for criterion in chosen if isinstance(criterion, registry.LogitCriterion)]
     if from_logits and (np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2):
         raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
-    started = time.perf_counter()
-    importance, mean_value = {}, {}
-    for criterion in from_weights:
-        importance[criterion.name] = _weight_importance(mlps, criterion, seed)
     plain = [criterion for criterion in from_logits if not criterion.needs_teacher]
     taught = [criterion for criterion in from_logits if criterion.needs_teacher]
     first_stage = registry.create("one_hot_ce")
     if taught and first_stage.name not in [criterion.name for criterion in plain]:
         plain.append(first_stage)
-    settings = {"aggregation": aggregation, "batch_size": batch_size, "chunk_size": chunk_size}
+    scoring_pass = _Pass(
+        model,
+        windows,
+        {"aggregation": aggregation, "chunk_size": chunk_size, "checkpointing": activation_checkpointing, "compiled": compile},
+        batch_size=1 if aggregation == "weight" else batch_size,  # the absolute value is taken of each window's own gradient
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+    )
+    started = time.perf_counter()
+    found, mean_value = {}, {}
     # The dense model is read once; with a teacher, teacher and student read the windows once more each.
     tokens = np.size(windows) * (bool(plain) + 2 * bool(taught))
-    with bar(tokens, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar:
+    shown = bar(tokens // totals.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
+    with shown as progress_bar, fast_on_cpu(model):
         if plain:
-            found, mean_value = _score_pass(model, windows, plain, None, progress_bar, **settings)
-            importance.update(found)
+            found, mean_value = scoring_pass("dense", plain, None, progress_bar)
         if taught:
-            first = importance[first_stage.name]
+            first = found[first_stage.name][-1]
             student = kept_neurons(first, allocate(model, neuron_ratio=first_stage_ratio).width_after)
-            found, values = _score_pass(model, windows, taught, student, progress_bar, **settings)
-            importance.update({name: _rank_last(scores, student, first) for name, scores in found.items()})
-            mean_value.update(values)
+            of_student, values = scoring_pass("student", taught, student, progress_bar)
+            found |= {
+                name: torch.stack([_rank_last(scores, student, first) for scores in rows]) for name, rows in of_student.items()
+            }
+            mean_value |= values
+    importance = {name: rows[-1] for name, rows in found.items()}
+    importance |= {criterion.name: _weight_importance(mlps, criterion, seed) for criterion in from_weights}
     importance = {criterion.name: importance[criterion.name] for criterion in chosen}
     for name, scores in importance.items():
         check_importance(scores, f"criterion '{name}'")
+    snapshots = {}
+    if from_logits:
+        for index, n in enumerate(totals.borders(len(windows))):
+            snapshots[n] = {criterion.name: found[criterion.name][index] for criterion in from_logits}
     mean_value = {name: value for name, value in mean_value.items() if name in importance}
-    return Scores(importance, mean_value, tokens, time.perf_counter() - started)
+    seconds = time.perf_counter() - started + scoring_pass.seconds_before
+    return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots)
 
 
-def _score_pass(model, windows, group, student, progress_bar, *, aggregation, batch_size, chunk_size):
-    """Score `group` on all windows: of the dense model, or of the `student`, which keeps only those neurons."""
-    mlps, model_head = gated_mlps(model), head(model)
-    device = mlps[0].down.weight.device
-    totals = {c.name: torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64, device=device) for c in group}
-    values = dict.fromkeys(totals, 0.0)
-    score_batch = _score_activations if aggregation == "activation" else _score_weights
-    if aggregation == "weight":
-        batch_size = 1  # the absolute value is taken of each window's own gradient
-    for start in range(0, len(windows), batch_size):
-        batch = torch.as_tensor(np.array(windows[start : start + batch_size]), dtype=torch.long, device=device)
-        teacher_hidden = None
-        if student is not None:
-            # Teacher and student are the same weights: the student is the model with the removed neurons silenced.
-            with torch.no_grad():
-                teacher_hidden = final_hidden(model, batch)
-            progress_bar.update(batch.numel())
-        with silenced(model, student) if student is not None else contextlib.nullcontext():
-            score_batch(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values)
-        progress_bar.update(batch.numel())
-    return {name: total.cpu() for name, total in totals.items()}, {name: value / len(windows) for name, value in values.items()}
+def _check(criteria, aggregation, activation_checkpointing, batch_size, chunk_size, checkpoint_every):
+    if not criteria:
+        raise UserError(f"criteria is empty: name at least one of {', '.join(registry.names())}.")
+    for name, value, least in (
+        ("batch_size", batch_size, 0),
+        ("chunk_size", chunk_size, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} {value} is too small: it must be at least {least}.")
+    if aggregation not in AGGREGATIONS:
+        raise UserError(f"aggregation '{aggregation}' is unknown: choose one of {', '.join(AGGREGATIONS)}.")
+    if aggregation == "weight" and activation_checkpointing:
+        raise UserError("activation_checkpointing does not go with aggregation 'weight': switch it off.")
 
 
-def _score_activations(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values):
-    watched = {}
+class _Pass:
+    """One reading of this process's windows: batches, memory, checkpoints, and the merging at the end."""
 
-    def watch(layer, hidden):
-        # Detaching the first layer's neurons is what starts the graph there and not at the embedding.
-        watched[layer] = hidden.detach().requires_grad_() if layer == 0 else hidden
-        return watched[layer]
+    def __init__(self, model, windows, settings, *, batch_size, checkpoint, checkpoint_every):
+        self.model, self.windows, self.settings, self.batch_size = model, windows, settings, batch_size
+        self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
+        self.rank, self.processes = totals.place()
+        self.places = np.arange(self.rank, len(windows), self.processes)
+        self.gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        self.seconds_before = 0.0
 
-    with torch.enable_grad(), replaced(model, watch):
-        hidden = final_hidden(model, batch)
-    current = {}
+    def __call__(self, name, group, student, progress_bar):
+        """Return {criterion: importance after each border (borders, layers, neurons)} and {criterion: mean of C}.
 
-    def accumulate(gradient, layer):
-        # The mean over positions is taken after the product, so that half precision never holds the small gradients.
-        change = (watched[layer].detach().float() * gradient).abs_().sum(dim=(0, 1)).double()
-        totals[current["criterion"]][layer] += change / current["positions"]
+        Of the dense model, or of the `student`, which keeps only those neurons and goes with the dense model as its teacher.
+        """
+        sums = totals.Totals(gated_mlps(self.model), len(group), len(self.windows), self.batch_size)
+        file = fingerprint = None
+        if self.checkpoint is not None:
+            file = Path(self.checkpoint) / f"{name}.{self.rank}of{self.processes}.safetensors"
+            fingerprint = self._fingerprint(group, student)
+            if sums.resume(file, fingerprint):
+                logger.info("scoring goes on after %d windows of %s", sums.done, file)
+                self.seconds_before += sums.seconds
+        passes = 1 if student is None else 2
+        progress_bar.update(sums.done * self.windows.shape[1] * passes)
+        contributions = Contributions(self.model, group, student=student, **self.settings)
+        saved, started, before = sums.done, time.perf_counter(), sums.seconds
+        while sums.done < len(self.places):
+            added = self._add_batch(contributions, sums)
+            progress_bar.update(added * self.windows.shape[1] * passes)
+            sums.seconds = before + time.perf_counter() - started
+            if file and (sums.done - saved >= self.checkpoint_every or sums.done == len(self.places)):
+                sums.save(file, fingerprint)
+                saved = sums.done
+        self.batch_size = sums.batch_size
+        importance, values = sums.merged()
+        names = [criterion.name for criterion in group]
+        means = (values / len(self.windows)).tolist()
+        return dict(zip(names, importance, strict=True)), dict(zip(names, means, strict=True))
 
-    for layer, activation in watched.items():
-        activation.register_hook(lambda gradient, layer=layer: accumulate(gradient, layer))
-    gradients, sums = _hidden_gradients(group, model_head, batch, hidden.detach(), teacher_hidden, chunk_size)
-    for index, criterion in enumerate(group):
-        positions = _positions(criterion, batch)
-        values[criterion.name] += sums[index] / positions
-        current.update(criterion=criterion.name, positions=positions)
-        hidden.backward(gradients[index].view_as(hidden), inputs=[watched[0]], retain_graph=index < len(group) - 1)
-        watched[0].grad = None
-    # The hooks and the activations refer to each other across the C++ graph, which no garbage collector would free.
-    watched.clear()
+    def _add_batch(self, contributions, sums):
+        """Add the next batch to `sums`, smaller if memory runs out, and return its number of windows."""
+        found = None
+        while found is None:
+            size = sums.batch_size or self._first_size()
+            places = self.places[sums.done : sums.done + size]
+            before = {gpu: torch.cuda.memory_allocated(gpu) for gpu in self.gpus}
+            for gpu in self.gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
+            # What a batch adds is added only when all of it is known: nothing is lost or counted twice.
+            found = _unless_out_of_memory(contributions, np.array(self.windows[places]))
+            if found is None:
+                if len(places) == 1:
+                    raise UserError(
+                        "batch_size: a single window does not fit in memory: score shorter windows, set "
+                        "activation_checkpointing, or use a larger device."
+                    )
+                sums.batch_size = len(places) // 2
+                logger.info(
+                    "scoring ran out of memory with %d windows in a batch and goes on with %d", len(places), sums.batch_size
+                )
+        sums.add(places, *found)
+        if not sums.batch_size:
+            sums.batch_size = self._fitting_size(before) if before else size
+            logger.info("scoring takes %d windows of %d tokens in a batch", sums.batch_size, self.windows.shape[1])
+        return len(places)
+
+    def _first_size(self):
+        return 1 if self.gpus else max(1, CPU_TOKENS // self.windows.shape[1])
+
+    def _fitting_size(self, before):
+        """Return the windows that fit in 80 % of free memory if each takes what the first one took, as a power of two."""
+        fits = CUDA_TOKENS // self.windows.shape[1]
+        for gpu, allocated in before.items():
+            taken = max(1, torch.cuda.max_memory_allocated(gpu) - allocated)
+            free = torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+            fits = min(fits, int(0.8 * free) // taken)
+        return 1 << max(fits, 1).bit_length() - 1
+
+    def _fingerprint(self, group, student):
+        return totals.fingerprint(
+            self.model,
+            self.windows,
+            **self.settings,
+            batch_size=self.batch_size,
+            place=[self.rank, self.processes],
+            criteria=[[criterion.name, vars(criterion)] for criterion in group],
+            student=None if student is None else hashlib.sha256(student.numpy().tobytes()).hexdigest(),
+            attention=self.model.config._attn_implementation,
+            device=str(self.model.get_input_embeddings().weight.device),
+        )
 
 
-def _score_weights(model, model_head, batch, group, teacher_hidden, chunk_size, totals, values):
-    mlps = gated_mlps(model)
-    modules = [[*mlp.inputs, mlp.down] for mlp in mlps]
-    weights = [module.weight.requires_grad_() for layer in modules for module in layer]
+def _unless_out_of_memory(contributions, windows):
+    """Return what `windows` add, or None when memory ran out; by then everything that the attempt had allocated is free again."""
     try:
-        with torch.enable_grad():
-            hidden = final_hidden(model, batch)
-        gradients, sums = _hidden_gradients(group, model_head, batch, hidden.detach(), teacher_hidden, chunk_size)
-        for index, criterion in enumerate(group):
-            positions = _positions(criterion, batch)
-            values[criterion.name] += sums[index] / positions
-            hidden.backward(gradients[index].view_as(hidden), inputs=weights, retain_graph=index < len(group) - 1)
-            for mlp, (*inputs, down) in zip(mlps, modules, strict=True):
-                change = (down.weight.grad.float() * down.weight).t()
-                for module in inputs:
-                    product = module.weight.grad.float() * module.weight
-                    change = change + (product[: mlp.width] + product[mlp.width :] if mlp.fused is not None else product)
-                totals[criterion.name][mlp.layer] += change.abs().mean(dim=1).double() / positions
-            for weight in weights:
-                weight.grad = None
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-
-
-def _positions(criterion, batch):
-    """Positions of a window at which C is defined: the last one has no next token."""
-    return batch.shape[1] - 1 if criterion.needs_next_token else batch.shape[1]
-
-
-@torch.no_grad()
-def _hidden_gradients(group, model_head, batch, hidden, teacher_hidden, chunk_size):
-    """Return, for each criterion, the gradient (batch * seq, hidden) of C summed over its positions, and that sum."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    taught = None if teacher_hidden is None else teacher_hidden.reshape(flat.shape)
-    next_tokens = torch.roll(batch, -1, dims=1).reshape(-1)
-    last = torch.zeros_like(batch, dtype=torch.bool)
-    last[:, -1] = True
-    last = last.reshape(-1)
-    gradients, sums = [torch.empty_like(flat) for _ in group], [0.0 for _ in group]
-    for start in range(0, len(flat), chunk_size):
-        part = slice(start, start + chunk_size)
-        logits = model_head.logits(flat[part])
-        teacher_logits = None if taught is None else model_head.logits(taught[part])
-        for index, criterion in enumerate(group):
-            value, logit_gradient = criterion.value_and_gradient(logits, next_tokens[part], teacher_logits)
-            found = model_head.hidden_gradient(logits, logit_gradient)
-            if criterion.needs_next_token:
-                value, found = value.masked_fill(last[part], 0), found.masked_fill(last[part][:, None], 0)
-            gradients[index][part] = found
-            sums[index] += float(value.sum(dtype=torch.float64))
-    return gradients, sums
+        return contributions(windows)
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's words on the CPU, where it has no type of its own for this
+            raise
+    torch.cuda.empty_cache()
+    return None
 
 
 def _weight_importance(mlps, criterion, seed):

@@ -86,7 +86,7 @@ def per_model(name: str, models: Iterable[str], draw: Callable[[str], Figure]) -
     """
     models = list(models)
     if not models:
-        return {name: _message(f"{name.replace('_', ' ')}: this study computed nothing of this kind.")}
+        return {name: message(f"{name.replace('_', ' ')}: this study computed nothing of this kind.")}
     if len(models) == 1:
         return {name: draw(models[0])}
     return {f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}": draw(model) for model in models}
@@ -100,7 +100,7 @@ def forest(paired: pd.DataFrame, model: str) -> Figure:
     """
     rows = paired[(paired["model"] == model) & paired["low"].notna()]
     if rows.empty:
-        return _message("No two criteria were evaluated on the same seeds and items: no paired difference to draw.")
+        return message("No two criteria were evaluated on the same seeds and items: no paired difference to draw.")
     names, ratios = list(rows["column"].unique()), sorted(rows["ratio"].unique())
     pairs = list(dict.fromkeys(zip(rows["a"], rows["b"], strict=True)))
     across = min(4 if len(names) > 6 else 3, len(names))
@@ -117,7 +117,7 @@ def forest(paired: pd.DataFrame, model: str) -> Figure:
         fig.legend(handles=handles, loc="outside lower center", ncols=min(across, 3))
         title = "paired differences, 95 % intervals (filled: zero excluded, also after Holm)"
         fig.suptitle(f"{model}: {title}" if across > 1 else f"{model}\n{title}", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def _pair_handle(index: int, text: str):
@@ -163,11 +163,11 @@ def importance_heatmap(scoring_folder: Path, n_bins: int = 100) -> Figure:
     """
     facts, importance = neurons.scores(scoring_folder)
     if not importance:
-        return _message("This scoring artifact holds no criterion: nothing to draw.")
+        return message("This scoring artifact holds no criterion: nothing to draw.")
     binned = {name: neurons.importance_bins(values, n_bins) for name, values in importance.items()}
     positive = np.concatenate([values[values > 0].ravel() for values in binned.values()])
     if not positive.size:
-        return _message("No importance is positive: a log scale has nothing to show.")
+        return message("No importance is positive: a log scale has nothing to show.")
     low, high = np.quantile(positive, [0.005, 0.995])
     # A flat importance has no range, and a log scale needs one.
     norm = LogNorm(low, high) if high > low else LogNorm(low / 2, high * 2)
@@ -200,7 +200,7 @@ def importance_heatmap(scoring_folder: Path, n_bins: int = 100) -> Figure:
         bar.set_label("importance / mean of the model")
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
         fig.suptitle(f"{facts['model']}{seed}: importance of MLP neurons", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def rank_agreement(agreement: pd.DataFrame, model: str, criteria: Iterable[str] = CRITERIA) -> Figure:
@@ -208,7 +208,7 @@ def rank_agreement(agreement: pd.DataFrame, model: str, criteria: Iterable[str] 
     criteria = list(criteria)
     rows = agreement[(agreement["model"] == model) & agreement["a"].isin(criteria) & agreement["b"].isin(criteria)]
     if rows.empty:
-        return _message("Fewer than two criteria were scored: no rank correlation to draw.")
+        return message("Fewer than two criteria were scored: no rank correlation to draw.")
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(7, 4))
         for index, ((a, b), part) in enumerate(rows.groupby(["a", "b"], sort=False)):
@@ -224,7 +224,7 @@ def rank_agreement(agreement: pd.DataFrame, model: str, criteria: Iterable[str] 
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         ax.set_title(f"{model}: agreement of criteria on the order of neurons\n({_seeds(rows)})")
         fig.legend(loc="outside lower center", ncols=2)
-    return _closed(fig)
+    return closed(fig)
 
 
 def _seeds(rows: pd.DataFrame) -> str:
@@ -239,7 +239,7 @@ def kept_overlap(overlap: pd.DataFrame, model: str) -> Figure:
     """
     rows = overlap[overlap["model"] == model]
     if rows.empty:
-        return _message("Fewer than two prunings at the same ratio and seed: no kept sets to compare.")
+        return message("Fewer than two prunings at the same ratio and seed: no kept sets to compare.")
     ratios = sorted(rows["ratio"].unique())
     names = list(dict.fromkeys(rows["comparison"]))
     between = [name for name in names if " / " in name]
@@ -261,7 +261,7 @@ def kept_overlap(overlap: pd.DataFrame, model: str) -> Figure:
         handles = _handles(axes)
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if width < 8 else 3)
         fig.suptitle(f"{model}: which neurons are kept", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def _handles(axes) -> dict:
@@ -289,7 +289,7 @@ def next_tokens(results: Results, model: str, ratio: float, n_prompts: int = 4, 
     rows = results.next_tokens
     rows = rows[(rows["model"] == model) & (rows["ratio"] == ratio) & (rows["criterion"] != "dense")]
     if rows.empty:
-        return _message(f"No next-token distributions of {model} at {percent(ratio)}: nothing to draw.")
+        return message(f"No next-token distributions of {model} at {percent(ratio)}: nothing to draw.")
     criteria = in_order(rows["criterion"])
     rows = rows[rows["seed"] == rows.groupby("criterion")["seed"].transform("min")]
     prompts = rows.drop_duplicates("prompt_id").sort_values("prompt_id").head(n_prompts)
@@ -314,7 +314,7 @@ def next_tokens(results: Results, model: str, ratio: float, n_prompts: int = 4, 
             ax.set_title(f"{label(name)}\n{ax.get_title()}", fontsize=9)
         fig.supxlabel("probability of the next token (hatched bar, grey name: not among the dense model's)", fontsize=9)
         fig.suptitle(f"{model}: next tokens, {percent(ratio)} of parameters removed", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def _token_bars(ax, tokens: pd.DataFrame, name: str, known: set[str], highest: float) -> None:
@@ -362,7 +362,7 @@ def against_ratio(criterion: pd.DataFrame, model: str) -> Figure:
         if name != "average_without_crows"
     ]
     if not names:
-        return _message(f"No pruned model of {model} was evaluated: nothing to draw against the ratio.")
+        return message(f"No pruned model of {model} was evaluated: nothing to draw against the ratio.")
     across = min(3, len(names))
     down = -(-len(names) // across)
     with mpl.rc_context(STYLE):
@@ -375,7 +375,7 @@ def against_ratio(criterion: pd.DataFrame, model: str) -> Figure:
         order = [label(name) for name in in_order(cells["criterion"]) if label(name) in handles]
         fig.legend([handles[text] for text in order], order, loc="outside lower center", ncols=min(6, 2 * across))
         fig.suptitle(f"{model}: what is left after pruning, 95 % intervals", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def _ratio_panel(ax, cells: pd.DataFrame) -> None:
@@ -406,16 +406,17 @@ def _ratio_panel(ax, cells: pd.DataFrame) -> None:
     ax.set(xlabel="parameters removed, %", ylabel=AXIS_LABELS[measure])
 
 
-def _message(sentence: str) -> Figure:
+def message(sentence: str) -> Figure:
     """Return an empty figure that says why there is nothing to see."""
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(7, 1.2))
         ax.set_axis_off()
         ax.text(0.5, 0.5, sentence, ha="center", va="center", wrap=True)
-    return _closed(fig)
+    return closed(fig)
 
 
-def _closed(fig: Figure) -> Figure:
+def closed(fig: Figure) -> Figure:
+    """Return a figure that pyplot has let go of."""
     # A figure that pyplot still holds would be shown twice by a notebook and kept in memory.
     plt.close(fig)
     return fig

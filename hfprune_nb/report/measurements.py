@@ -42,12 +42,17 @@ SETTINGS = (
     ("batch size", "batch_size"),
     ("BOS", "bos"),
     ("window length", "seq_len"),
+    ("model revision", "model_revision"),
+    ("torch", "torch"),
+    ("transformers", "transformers"),
+    ("hardware", "hardware"),
+    ("commit", "commit"),
 )
 KEYS = ["model", "criterion", "ratio", "seed"]
 COLUMNS = {
     "items": ("task", "doc_id", "metric", "value"),
     "perplexity": ("corpus", "window", "tokens", "nll"),
-    "fidelity": ("corpus", "window", "positions", *FIDELITY),
+    "fidelity": ("corpus", "window", "positions", "compared", *FIDELITY),
     "next_tokens": ("prompt_id", "prompt", "source", "rank", "token", "probability"),
 }
 
@@ -57,14 +62,16 @@ class Results:
     """A study's evaluations as tidy frames; all but `tasks` have the columns model, criterion, ratio, seed (dense: -1).
 
     models: one row per evaluation (achieved_ratio, neuron_ratio, parameters). items, perplexity, fidelity, next_tokens:
-    the evaluation artifact's rows. tasks: one row per model and task (metric, shots, version, evaluated and available
-    items, source).
+    the evaluation artifact's rows; fidelity holds all positions of a window, fidelity_positions also its low- and
+    high-entropy ones apart (column positions). tasks: one row per model and task (metric, shots, version, evaluated and
+    available items, source).
     """
 
     models: pd.DataFrame
     items: pd.DataFrame
     perplexity: pd.DataFrame
     fidelity: pd.DataFrame
+    fidelity_positions: pd.DataFrame
     next_tokens: pd.DataFrame
     tasks: pd.DataFrame
     protocols: list[dict]
@@ -112,17 +119,22 @@ def percent(ratio: float) -> str:
     return f"{100 * ratio:.4g} %"
 
 
-def collect(evaluation_folders: Iterable[Path]) -> Results:
+def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensation: str = "none") -> Results:
     """Read evaluation artifacts into tidy frames; `Results.notes` says what is missing.
 
-    Raises UserError when there is no folder, an artifact is damaged or incomplete, or two evaluations describe the same
-    model, criterion, ratio and seed.
+    Models that were tuned or repaired after pruning are left to the recovery tables (`controls`), which ask for them by
+    `tuned` and `compensation`: they would mix the effect of a criterion with that of a recipe. Raises UserError when there
+    is no folder, an artifact is damaged or incomplete, or two evaluations describe the same model, criterion, ratio and seed.
     """
     folders = [Path(folder) for folder in evaluation_folders]
     if not folders:
         raise UserError("evaluations is empty: run the evaluation stage (05) of this study first")
+    read = [(read_summary(folder), folder) for folder in folders]
+    plain = [(summary, folder) for summary, folder in read if variant(summary) == (tuned, compensation)]
+    if not plain:
+        raise UserError("evaluations holds tuned or repaired models only: add the evaluations (05) of the pruned ones")
     # Artifacts come in the order of their hashes, which means nothing to a reader.
-    summaries, folders = zip(*sorted(((_summary(f), f) for f in folders), key=_reading_order), strict=True)
+    summaries, folders = zip(*sorted(plain, key=_reading_order), strict=True)
     models = pd.DataFrame([_model_row(summary) for summary in summaries])
     repeated = models[models.duplicated(KEYS, keep=False)]
     if len(repeated):
@@ -137,6 +149,8 @@ def collect(evaluation_folders: Iterable[Path]) -> Results:
         for row, summary in zip(models.to_dict("records"), summaries, strict=True)
         for task, facts in summary["protocol"].get("tasks", {}).items()
     }
+    frames["fidelity_positions"] = frames["fidelity"]
+    frames["fidelity"] = frames["fidelity"][frames["fidelity"]["positions"] == "all"]
     items = frames["items"]
     wanted = pd.Series([metrics.get(pair) for pair in zip(items["model"], items["task"], strict=True)], items.index)
     frames["items"] = items[wanted.isna() | (wanted == items["metric"])]
@@ -147,8 +161,30 @@ def collect(evaluation_folders: Iterable[Path]) -> Results:
         if "dense" not in set(models.loc[models["model"] == name, "criterion"])
     ]
     notes += list(dict.fromkeys(note for summary in summaries for note in summary.get("notes", [])))
+    notes += list(dict.fromkeys(sentence for summary in summaries for sentence in summary.get("skipped", {}).values()))
+    if not tuned and compensation == "none" and (left := len(read) - len(plain)):
+        notes.append(f"{left} evaluations of tuned or repaired models are not shown here.")
     tasks = _task_facts(summaries, frames["items"])
-    return Results(models=models, tasks=tasks, protocols=[s["protocol"] for s in summaries], notes=notes, **frames)
+    protocols = [made_with(folder) | summary["protocol"] for folder, summary in zip(folders, summaries, strict=True)]
+    return Results(models=models, tasks=tasks, protocols=protocols, notes=notes, **frames)
+
+
+def made_with(folder: Path) -> dict:
+    """Return versions, hardware and commit of an artifact from its card; empty for a folder without one."""
+    path = Path(folder) / "card.json"
+    if not path.is_file():
+        return {}
+    card = json.loads(path.read_text(encoding="utf-8"))
+    found = {name: card["versions"].get(name) for name in ("torch", "transformers")}
+    system = card["platform"].partition("-")[0]
+    found["hardware"] = f"{card['cpu_count']} processors ({system}) of which {card['threads']} used"
+    commit = card["git"]["commit"]
+    return found | {"commit": commit and commit[:12] + (" with changes" if card["git"]["dirty"] else "")}
+
+
+def variant(summary: dict) -> tuple[bool, str]:
+    """Return whether the evaluated model was tuned, and how it was repaired after pruning."""
+    return bool(summary.get("tuned")), summary.get("compensation", "none")
 
 
 def _reading_order(evaluation: tuple[dict, Path]) -> tuple:
@@ -156,7 +192,8 @@ def _reading_order(evaluation: tuple[dict, Path]) -> tuple:
     return row["model"], row["ratio"], rank(row["criterion"]), row["seed"]
 
 
-def _summary(folder: Path) -> dict:
+def read_summary(folder: Path) -> dict:
+    """Return an evaluation's summary.json; raises UserError where it is missing, damaged or incomplete."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -238,19 +275,21 @@ def columns(results: Results, model: str) -> list[Column]:
     return found
 
 
-def sample(results: Results, column: Column, model: str, criterion: str, ratio: float) -> pd.DataFrame:
+def sample(results: Results, column: Column, model: str, criterion: str, ratio: float, positions: str = "all") -> pd.DataFrame:
     """Return one cell's data as the frame that `measure.statistics` takes (seed, item, value, weight or group).
 
-    Tasks and top-1 agreement are in per cent; perplexity is the log-perplexity, in nats per token.
+    Tasks and top-1 agreement are in per cent; perplexity is the log-perplexity, in nats per token. `positions` (all,
+    low_entropy, high_entropy) selects those of a fidelity measure.
     """
     source = {"task": results.items, "average": results.items, "perplexity": results.perplexity}
-    frame = source.get(column.measure, results.fidelity)
+    fidelity = results.fidelity_positions[results.fidelity_positions["positions"] == positions]
+    frame = source.get(column.measure, fidelity)
     frame = frame[(frame["model"] == model) & (frame["criterion"] == criterion) & (frame["ratio"] == ratio)]
     if column.tasks:
         frame = frame[frame["task"].isin(column.tasks)]
         frame = frame.rename(columns={"doc_id": "item", "task": "group"})[["seed", "item", "group", "value"]]
         return frame.assign(value=100 * frame["value"].astype(float))
-    frame = frame[frame["corpus"] == column.corpus].rename(columns={"window": "item", "positions": "weight"})
+    frame = frame[frame["corpus"] == column.corpus].rename(columns={"window": "item", "compared": "weight"})
     if column.measure == "perplexity":
         return statistics.log_perplexity_frame(frame[["seed", "item", "nll", "tokens"]]) if len(frame) else frame
     scale = 100 if UNITS[column.measure] == "%" else 1
@@ -272,15 +311,43 @@ def protocol_note(results: Results) -> str:
             prefix = f"Tasks of {model}: " if len(results.model_names) > 1 else "Tasks: "
             told = [_task_sentence(row, results.protocols) for row in facts.to_dict("records")]
             sentences.append(prefix + "; ".join(told) + ".")
-    held_out = (("Perplexity", results.perplexity, "tokens"), ("Fidelity", results.fidelity, "positions"))
-    for name, frame, size in held_out:
+    held_out = (("Perplexity", results.perplexity, "tokens", "tokens"), ("Fidelity", results.fidelity, "compared", "positions"))
+    for name, frame, size, unit in held_out:
         told = [
-            f"{part['window'].nunique()} windows of {corpus} ({part[size].max()} {size} each)"
+            f"{part['window'].nunique()} windows of {corpus} ({part[size].max()} {unit} each)"
             for corpus, part in frame.groupby("corpus", sort=False)
         ]
         if told:
             sentences.append(f"{name} on {', '.join(told)}.")
     return "Protocol. " + " ".join(s for s in [*sentences, *results.notes] if s)
+
+
+def protocol(results: Results) -> dict:
+    """Return what `protocol_note` tells for machines: every setting with its distinct values, tasks, text, seeds, notes."""
+    settings: dict[str, list] = {}
+    for found in results.protocols:
+        for name, value in found.items():
+            if name != "tasks" and value is not None and value not in settings.setdefault(name, []):
+                settings[name].append(value)
+    held_out = {
+        name: frame.groupby("corpus", sort=False)["window"].nunique().to_dict()
+        for name, frame in (("perplexity", results.perplexity), ("fidelity", results.fidelity))
+    }
+    return {
+        "models": json.loads(results.models.to_json(orient="records")),
+        "settings": settings,
+        "tasks": json.loads(results.tasks.to_json(orient="records")),
+        "held_out_windows": held_out,
+        "calibration_seeds": sorted({int(seed) for seed in results.models["seed"]} - {-1}),
+        "notes": results.notes,
+    }
+
+
+def write_protocol(results: Results, folder: Path) -> Path:
+    """Write `protocol` as `protocol.json` beside the tables; return its path."""
+    path = Path(folder) / "protocol.json"
+    path.write_text(json.dumps(protocol(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path
 
 
 def _scoring_sentence(protocol: dict) -> str:

@@ -2,15 +2,15 @@
 
 import html
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.measure import statistics
+from hfprune_nb.report import published
 from hfprune_nb.report.measurements import (
     CRITERIA,
     FIDELITY,
@@ -48,6 +48,7 @@ PAIRED = [
     "high",
     "p",
     "p_items",
+    "standard_error",
     "n_seeds",
     "n_items",
     "note",
@@ -61,11 +62,13 @@ PAIRED_DISPLAY = [
     "p",
     "p (Holm)",
     "p (items)",
+    "Detectable",
     "Seeds",
     "Items",
     "Verdict",
 ]
 ABSENT = "–"
+INCONSISTENT = "†"
 DEFINITIONS = (
     "Compared with the dense model at the same positions of held-out text: JS distance is the square root of the "
     "Jensen-Shannon divergence in base 2 (0 to 1; the paper gives neither root nor base), KL is KL(dense || pruned) in "
@@ -221,17 +224,10 @@ def _cell_notes(long: pd.DataFrame) -> list[str]:
     ]
 
 
-def published(path: Path | None = None) -> pd.DataFrame:
-    """Return the published values (table, model, ratio_pct, method, finetuned, metric, value, unit, sources, note)."""
-    path = path or paths.data() / "paper_tables.csv"
-    if not path.exists():
-        raise UserError(f"{path} is missing: restore data/paper_tables.csv from the repository")
-    return pd.read_csv(path)
-
-
 def _paper_cells(tables: tuple[str, ...], path: Path | None = None) -> pd.DataFrame:
     """Return published LLaMA-2-7B cells in the long layout, ratio as a fraction, source `paper`."""
-    frame = published(path)
+    frame = published.read(path)
+    frame = frame.assign(mark=published.inconsistent(frame))
     frame = frame[frame["table"].isin(tables) & (frame["model"] == PAPER_MODEL) & (frame["finetuned"] == "no")]
     frame = frame[frame["method"].isin(PAPER_CRITERIA) & frame["metric"].isin(PAPER_COLUMNS)]
     name = frame["metric"].map(PAPER_COLUMNS)
@@ -252,7 +248,8 @@ def _paper_cells(tables: tuple[str, ...], path: Path | None = None) -> pd.DataFr
             "n_seeds": 1,
             "n_items": np.nan,
             "source": "paper",
-            "note": frame["note"].fillna(""),
+            "note": frame["mark"].where(frame["mark"] != "", frame["note"].fillna("")),
+            "inconsistent": frame["mark"] != "",
         }
     )
 
@@ -299,7 +296,7 @@ def _beside_paper(name: str, title: str, paper: pd.DataFrame, criterion: Table, 
                 if column in set(paper["column"]):
                     theirs = _at(paper, key, column)
                     heading = paper.loc[paper["column"] == column, "label"].iloc[0].replace("avg10", "average of 10")
-                    row[f"{heading}, paper: {PAPER_MODEL}"] = format_cell(theirs) if theirs else ABSENT
+                    row[f"{heading}, paper: {PAPER_MODEL}"] = _paper_text(theirs) if theirs else ABSENT
                     remarks += [f"{heading}: {theirs['note']}"] if theirs and theirs["note"] else []
                 if column in names:
                     cell = _at(ours, key, column)
@@ -310,11 +307,17 @@ def _beside_paper(name: str, title: str, paper: pd.DataFrame, criterion: Table, 
         f"Columns marked paper are published single-run values of {PAPER_MODEL} on the paper's own protocol; they "
         "enter no mean and no interval. Columns marked measured are this study's.",
     ]
+    if paper["inconsistent"].any():
+        notes.append(f"{INCONSISTENT} The paper contradicts this value elsewhere: see the remark and published_defects.")
     if measured.empty:
         notes.append("Nothing of this table was measured in this study.")
     long = pd.concat([frame for frame in (measured, paper) if len(frame)], ignore_index=True)
     display = pd.DataFrame(rows).fillna(ABSENT)
     return Table(name, title, long, display, (*notes, *criterion.notes))
+
+
+def _paper_text(cell: dict) -> str:
+    return f"{format_cell(cell)} {INCONSISTENT}" if cell["inconsistent"] else format_cell(cell)
 
 
 def _paper_order(measured: list[str], paper: list[str]) -> list[str]:
@@ -346,6 +349,8 @@ def paired_table(
     Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is bootstrap-inverted over
     seeds and items, `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` a
     test on items averaged over these seeds (exact sign test on tasks, McNemar's for one seed; Wilcoxon on windows).
+    `detectable` is the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's strictest
+    level (`statistics.smallest_detectable`).
     """
     rows = []
     for model in results.model_names:
@@ -362,6 +367,10 @@ def paired_table(
     long["verdict"] = [_verdict(row) for row in long.to_dict("records")]
     long["source"] = "measured"
     families = long.groupby(["model", "column"])["p"].count()
+    sizes = long.groupby(["model", "column"])["p"].transform("count").clip(lower=1)
+    errors = list(zip(long["standard_error"], sizes, strict=True))
+    long["detectable"] = [statistics.smallest_detectable(error) for error, _ in errors]
+    long["detectable_holm"] = [statistics.smallest_detectable(error, size) for error, size in errors]
     notes = [
         "Differences A - B are paired on the same items and calibration seeds; interval and p from the hierarchical "
         "bootstrap (p inverted from the replicates). Averages in points, perplexity as difference of log-perplexity in "
@@ -369,6 +378,10 @@ def paired_table(
         f"Holm's correction is over the {families.max() if len(families) else 0} comparisons (pairs x ratios) of one "
         "measure on one model. The items p-value holds for these calibration seeds only: exact sign test on the items "
         "of all tasks (McNemar's for one seed), Wilcoxon's signed-rank test on windows.",
+        "Detectable is the smallest true difference that this study would have found with 80 % chance (two-sided 5 %; after "
+        "the slash at Holm's strictest level), 2.80 bootstrap standard errors of the paired difference: smaller ones can "
+        "neither be seen nor excluded. With three seeds the true value is larger, because the spread between calibration "
+        "sets is itself estimated from three.",
     ]
     if long.empty:
         notes.insert(0, "Fewer than two criteria were evaluated at the same ratio: nothing to compare.")
@@ -377,8 +390,28 @@ def paired_table(
     return Table("paired", title, long, display, (*notes, *_family_notes(long), protocol_note(results)))
 
 
+def with_detectable(table: Table, paired: Table) -> Table:
+    """Return `table` with a note on the differences that the study could have found, from `paired_table`.
+
+    Tables made from it (`ablation_table`, `fidelity_table`) keep the note.
+    """
+    told = []
+    for (model, column, measure), part in paired.long.groupby(["model", "column", "measure"], sort=False):
+        most = part["detectable"].max()
+        if np.isfinite(most):
+            told.append(f"{model}, {measure_label(column, measure)}: {most:.{_digits(measure)}f}")
+    if not told:
+        return table
+    note = (
+        "Smallest true difference between two criteria that this study would have found with 80 % chance, the largest over pairs "
+        f"and ratios: {'; '.join(told)}. Smaller ones are found less often, so not finding one does not exclude it; the paired "
+        "table has each comparison."
+    )
+    return replace(table, notes=(*table.notes, note))
+
+
 def _difference(a: pd.DataFrame, b: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> dict:
-    unknown = {name: np.nan for name in ("mean", "low", "high", "p", "p_items")} | {"n_seeds": 0, "n_items": 0}
+    unknown = {name: np.nan for name in ("mean", "low", "high", "p", "p_items", "standard_error")} | {"n_seeds": 0, "n_items": 0}
     if a.empty or b.empty:
         return unknown | {"note": "not measured"}
     if not (np.isfinite(a["value"]).all() and np.isfinite(b["value"]).all()):
@@ -394,6 +427,7 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, measure: str, n_resamples: int
         "high": difference.high,
         "p": difference.p,
         "p_items": test(per_item),
+        "standard_error": difference.standard_error,
         "n_seeds": difference.n_seeds,
         "n_items": difference.n_items,
         "note": difference.note,
@@ -420,6 +454,7 @@ def _paired_display(long: pd.DataFrame, several_models: bool) -> pd.DataFrame:
             "p": format_p(row["p"]),
             "p (Holm)": format_p(row["p_holm"]),
             "p (items)": format_p(row["p_items"]),
+            "Detectable": _format_detectable(row),
             "Seeds": str(row["n_seeds"]),
             "Items": str(row["n_items"]),
             "Verdict": row["verdict"],
@@ -437,10 +472,21 @@ def measure_label(column: str, measure: str) -> str:
     return f"log-perplexity {corpus}, nats per token" if measure == "perplexity" else f"{MEASURES[measure]} {corpus}"
 
 
+def _format_detectable(row: dict) -> str:
+    if pd.isna(row["detectable"]):
+        return ABSENT
+    digits = _digits(row["measure"])
+    return f"{row['detectable']:.{digits}f} / {row['detectable_holm']:.{digits}f}"
+
+
+def _digits(measure: str) -> int:
+    return 1 if measure == "average" else 3
+
+
 def _format_difference(row: dict) -> str:
     if pd.isna(row["mean"]):
         return row["note"] or ABSENT
-    digits = 1 if row["measure"] == "average" else 3
+    digits = _digits(row["measure"])
     text = f"{row['mean']:+.{digits}f}"
     return text if pd.isna(row["low"]) else f"{text} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
 
@@ -453,6 +499,62 @@ def format_p(p: float) -> str:
 def _family_notes(long: pd.DataFrame) -> list[str]:
     notes = long.loc[long["note"].str.contains("left out|common", na=False), "note"]
     return [f"Some comparisons: {note}." for note in notes.unique()]
+
+
+def published_tables(results: Results | None = None, paper: Path | None = None) -> list[Table]:
+    """Return three tables made of the paper's numbers alone: its rows of ten tasks, its gaps, and its contradictions.
+
+    With `results` the gaps are set beside the share of items that our two models answer differently.
+    """
+    frame = published.read(paper)
+    printed, gaps, wrong = published.rows(frame), published.gaps(frame), published.contradictions(frame)
+    rows = pd.DataFrame(
+        {
+            "Table": printed["table"].str.removeprefix("T"),
+            "Model": printed["model"],
+            "Ratio": [percent(ratio / 100) for ratio in printed["ratio_pct"]],
+            "Method": printed["method"],
+            "Average, paper": printed["average"].map("{:.1f}".format),
+            "Average of the cells": printed["recomputed"].map("{:.1f}".format),
+            "Standard error": printed["standard_error"].map("{:.2f}".format),
+            "Without CrowS-Pairs": printed["without_crows"].map("{:.1f}".format),
+            "Remark": [f"{INCONSISTENT} {text}" if text else "" for text in printed["remark"]],
+        }
+    )
+    differences = pd.DataFrame(
+        {
+            "Table": gaps["table"].str.removeprefix("T"),
+            "Model": gaps["model"],
+            "Ratio": [percent(ratio / 100) for ratio in gaps["ratio"]],
+            "A - B": [f"{a} - {b}" for a, b in zip(gaps["a"], gaps["b"], strict=True)],
+            "Gap, paper": gaps["gap"].map("{:+.1f}".format),
+            "95 % half-width, unpaired": gaps["unpaired_half_width"].map("{:.2f}".format)
+            + gaps["cells"].map({True: "", False: " at most"}),
+            "Larger than that": gaps["exceeds"].map({True: "yes", False: "no"}),
+            "Paired test needs at most": gaps["most_discordant"].map("{:.1f} % answered differently".format),
+        }
+    )
+    defects = wrong[["place", "printed", "computed"]].set_axis(["Place", "Printed, paper", "From the paper's own values"], axis=1)
+    sizes = ", ".join(f"{task} {count}" for task, count in published.ITEMS.items())
+    origin = "All values are published ones or computed from them; nothing in this table was measured."
+    sampling = (
+        f"Standard errors are binomial, from the items that lm-eval scores ({sizes}); tasks are independent, and an average "
+        "is unweighted. They hold for drawing items; calibration and tuning seeds would add to them."
+    )
+    paired = (
+        "A paired comparison on the same items is sharper than the unpaired half-width. The last column is the largest share of "
+        "items that the two models may answer differently (one right, one wrong) for a gap of this size to reach 5 %."
+    )
+    share = [] if results is None else published.discordance(results, "entropy", "one_hot_ce").to_dict("records")
+    ours = [f"{row['model']} at {percent(row['ratio'])}: {row['share']:.1f} %" for row in share]
+    notes = [f"Measured in this study, entropy against one-hot CE: {'; '.join(ours)}."] if ours else []
+    return [
+        Table("published", "The paper's averages and what its cells give", printed, rows, (origin, sampling)),
+        Table(
+            "published_gaps", "The paper's gaps beside the error of item sampling", gaps, differences, (origin, paired, *notes)
+        ),
+        Table("published_defects", "Where the paper contradicts itself", wrong.drop(columns="cells"), defects, (origin,)),
+    ]
 
 
 def findings(criterion: Table, paired: Table, paper: Path | None = None) -> list[str]:
@@ -469,6 +571,7 @@ def findings(criterion: Table, paired: Table, paper: Path | None = None) -> list
             sentences += _level_sentences(model, shown[shown["column"] == shown["column"].min()])
         differences = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
         sentences += [_pair_sentence(model, a, b, part) for (a, b), part in differences.groupby(["a", "b"], sort=False)]
+        sentences += _detectable_sentences(model, differences)
     average = paired.long[(paired.long["column"] == "average") & paired.long["low"].notna()]
     return sentences + _paper_sentences(average, _paper_cells(("T6",), paper))
 
@@ -503,6 +606,26 @@ def _pair_sentence(model: str, a: str, b: str, differences: pd.DataFrame) -> str
         ]
         parts.append(f"{verdict} in {'; '.join(where)}")
     return f"{model}, {label(a)} against {label(b)}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _detectable_sentences(model: str, differences: pd.DataFrame) -> list[str]:
+    """Return for the average of tasks and the first corpus' perplexity what the study could have found, at its worst."""
+    sentences = []
+    for measure in ("average", "perplexity"):
+        rows = differences[differences["measure"] == measure]
+        rows = rows[rows["column"] == rows["column"].iloc[0]] if len(rows) else rows
+        rows = rows.dropna(subset=["detectable"])
+        if rows.empty:
+            continue
+        least, most, holm = rows["detectable"].min(), rows["detectable"].max(), rows["detectable_holm"].max()
+        digits, found = _digits(measure), rows["verdict"].str.endswith(" better").sum()
+        name, _, unit = measure_label(rows["column"].iloc[0], measure).partition(", ")
+        sentences.append(
+            f"{model}, {name}: a true difference of {most:.{digits}f} {unit} or more between two criteria would have been found "
+            f"with 80 % chance at every ratio ({least:.{digits}f} in the most precise comparison, {holm:.{digits}f} at Holm's "
+            f"strictest level); {found} of {len(rows)} comparisons found one, and smaller differences cannot be excluded."
+        )
+    return sentences
 
 
 def _paper_sentences(average: pd.DataFrame, paper: pd.DataFrame) -> list[str]:

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,12 +152,20 @@ def finished(study: Path, stage: str) -> list[Artifact]:
 
 
 class Writer:
-    """Collects a run's files in `<key>.partial/`, cleared at the start, and turns them into `<key>/` in one rename."""
+    """Collects a run's files in a folder beside `<key>/`, and turns that into `<key>/` in one rename.
+
+    What killed runs left there is cleared first, except a complete artifact that only missed its rename: it is put in place.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.partial = self.folder.with_name(self.folder.name + ".partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
+        # A name of its own: a run that lost its lock while it was suspended must not write among its successor's files.
+        self.partial = self.folder.with_name(f"{self.folder.name}.{secrets.token_hex(4)}.partial")
+        for leftover in self.folder.parent.glob(f"{self.folder.name}.*partial"):
+            with contextlib.suppress(UserError):
+                open_artifact(leftover)
+                self._replace(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def path(self, name: str) -> Path:
         """Return where to write the file `name` (may contain folders, which are made)."""
@@ -163,10 +173,11 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def finish(self, parameters: dict, inputs: dict, card: dict) -> Artifact:
+    def finish(self, parameters: dict, inputs: dict, card: dict, allowed: Callable[[], bool] = lambda: True) -> Artifact:
         """Write params.json, card.json and DONE, sync all to disk, and put the artifact in place of any older one.
 
-        Raises UserError when nothing was written or the disk is full; then no artifact is left.
+        Raises UserError when nothing was written, when the disk is full, or when `allowed`, asked last, says no; then no
+        artifact is left.
         """
         if not self.partial.is_dir():
             raise UserError(f"{self.folder.parent.name} wrote no file: write to run.path(NAME) before run.finish()")
@@ -187,16 +198,20 @@ class Writer:
                 raise
             shutil.rmtree(self.partial, ignore_errors=True)
             raise UserError(f"no disk space left in {self.folder.parent}: free some and run again") from error
-        self._replace()
+        if not allowed():
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise UserError(f"another process took over {self.folder.parent.name}/{self.folder.name}: its result counts")
+        self._replace(self.partial)
         return Artifact(self.folder)
 
-    def _replace(self) -> None:
-        # A folder cannot be renamed onto a full one, so a stale artifact steps aside first.
+    def _replace(self, complete: Path) -> None:
+        # A folder cannot be renamed onto a full one, so a stale artifact steps aside first. Killed between the two
+        # renames, the complete folder is found by the next writer.
         outdated = self.folder.with_name(self.folder.name + ".old")
         shutil.rmtree(outdated, ignore_errors=True)
         if self.folder.exists():
             self.folder.rename(outdated)
-        self.partial.rename(self.folder)
+        complete.rename(self.folder)
         _sync(self.folder.parent)
         shutil.rmtree(outdated, ignore_errors=True)
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import html
+import re
 import shutil
 from pathlib import Path
 
 from hfprune_nb.runs.artifacts import Artifact, read_json, write_json
 from hfprune_nb.runs.stage import STAGES
+
+# Stages whose tables and figures are published.
+SHOWN = ("recovery", "cost", "figures", "questions")
 
 
 def files(folder: Path, kind: str, suffix: str) -> list[Path]:
@@ -14,40 +18,58 @@ def files(folder: Path, kind: str, suffix: str) -> list[Path]:
     return sorted(path for path in (folder / kind).glob(f"*{suffix}") if path.is_file() and path.suffix != ".ipynb")
 
 
-def publish(study, cells) -> None:
-    """Copy the tables and figures of the last of the finished `cells` and render one notebook of each kind.
-
-    Does nothing when exactly this is published already.
-    """
+def is_published(study, cells) -> bool:
+    """Return whether exactly the finished `cells` of the study are published."""
     folder = study.folder
-    artifacts = {cell.reference: Artifact(folder / cell.reference) for cell in cells}
-    cards = {reference: artifact.card | {"digest": artifact.digest} for reference, artifact in artifacts.items()}
     with contextlib.suppress(FileNotFoundError, ValueError):
         same_study = (folder / "study.yaml").read_bytes() == study.path.read_bytes()
-        if same_study and (folder / "index.html").is_file() and read_json(folder / "cards.json") == cards:
-            return
+        return same_study and (folder / "index.html").is_file() and read_json(folder / "cards.json") == _cards(study, cells)
+    return False
+
+
+def publish(study, cells) -> None:
+    """Copy the tables and figures of the finished `cells` in `SHOWN` and render one notebook of each kind.
+
+    Where a stage has several cells, its files get the cell's place into their names. Does nothing when exactly this is
+    published already, by another runner.
+    """
+    if is_published(study, cells):
+        return
+    folder = study.folder
     for kind in ("tables", "figures"):
         (folder / kind).mkdir(exist_ok=True)
         for outdated in files(folder, kind, ""):
             outdated.unlink()
-        for path in sorted(artifacts[cells[-1].reference].path(kind).glob("*")):
-            shutil.copyfile(path, folder / kind / path.name)
-    shown = _representatives(study, cells)
-    _render(folder / "notebooks", {name: artifacts[cell.reference] for name, cell in shown.items()})
+    shown = [cell for cell in cells if cell.stage in SHOWN]
+    for cell in shown:
+        alone = sum(other.stage == cell.stage for other in shown) == 1
+        place = "" if alone else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", cell.label)
+        for kind in ("tables", "figures"):
+            for path in sorted((folder / cell.reference / kind).glob("*")):
+                shutil.copyfile(path, folder / kind / f"{path.stem}{place}{path.suffix}")
+    chosen = _representatives(study, cells)
+    _render(folder / "notebooks", {name: Artifact(folder / cell.reference) for name, cell in chosen.items()})
     shutil.copyfile(study.path, folder / "study.yaml")
     (folder / "index.html").write_text(_index(study), encoding="utf-8")
-    write_json(folder / "cards.json", cards)
+    write_json(folder / "cards.json", _cards(study, cells))
+
+
+def _cards(study, cells) -> dict:
+    artifacts = [Artifact(study.folder / cell.reference) for cell in cells]
+    return {artifact.reference: artifact.card | {"digest": artifact.digest} for artifact in artifacts}
 
 
 def _representatives(study, cells) -> dict:
     """Return one cell by notebook name: the first, or after pruning the entropy criterion at the middle ratio."""
     ratios = sorted(study.ratios or study.neuron_ratios)
-    middle = f"{ratios[len(ratios) // 2]:.4g}"
+    middle = f"{ratios[len(ratios) // 2]:.4g}" if ratios else ""
     chosen, typical = {}, set()
     for cell in cells:
         name = Path(STAGES[cell.stage].notebook).stem
         if cell.place.get("criterion") == "dense":
             name += "_dense"
+        if cell.stage == "evaluation" and "recovery" in cell.place:
+            name += "_tuned"
         is_typical = cell.place.get("criterion") == "entropy" and middle in cell.place.values()
         if name not in chosen or (is_typical and name not in typical):
             chosen[name] = cell

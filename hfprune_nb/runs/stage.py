@@ -21,8 +21,10 @@ from pathlib import Path
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.progress import PROGRESS_FILE
 from hfprune_nb.runs import kernel
 from hfprune_nb.runs.artifacts import Artifact, Writer, address, finished, open_artifact, read_json
+from hfprune_nb.runs.locks import Lock
 
 EVERYTHING = "*"
 
@@ -36,15 +38,15 @@ class Input:
     """A parameter that names an artifact of another stage, as `stage/key` or as that artifact's folder.
 
     Left empty, the artifact is made with the other notebook's defaults and the parameters named in `passes`
-    (`EVERYTHING`: all of them); an `optional` input stays empty; an input that `follows` another one is needed exactly
-    when that one is given; `many` is a list, and empty means every finished artifact of the stage. An artifact that is
+    (`EVERYTHING`: all of them); an `optional` input stays empty; an input that `follows` others is needed exactly when one
+    of those is given; `many` is a list, and empty means every finished artifact of the stage. An artifact that is
     named must have been made with the same values of the parameters in `agrees`.
     """
 
     stage: str
     passes: tuple[str, ...] = ()
     optional: bool = False
-    follows: str = ""
+    follows: tuple[str, ...] = ()
     many: bool = False
     agrees: tuple[str, ...] = ("model",)
 
@@ -64,26 +66,32 @@ STAGES = {
         Stage("calibration", "01_calibration.ipynb"),
         Stage("scoring", "02_scoring.ipynb", {"calibration": Input("calibration", passes=("model", "seed"))}),
         Stage("pruning", "03_pruning.ipynb", {"scores": Input("scoring", passes=("model", "seed", "device"))}),
+        Stage("recovery", "04_recovery.ipynb", {"pruned": Input("pruning", optional=True)}),
         Stage(
             "evaluation",
             "05_evaluation.ipynb",
             {
                 "pruned": Input("pruning", optional=True),
+                "recovered": Input("recovery", optional=True, agrees=("model", "pruned")),
                 "reference": Input(
                     "evaluation",
                     passes=(EVERYTHING,),
-                    follows="pruned",
+                    follows=("pruned", "recovered"),
                     agrees=("model", "perplexity_corpora", "n_windows", "seq_len", "fidelity_positions", "seed", "bos", "dtype"),
                 ),
             },
         ),
+        Stage("figures", "06_figures.ipynb", {"evaluations": Input("evaluation", many=True)}),
+        Stage("cost", "07_cost.ipynb"),
+        Stage("experiments", "08_experiments.ipynb"),
         Stage(
-            "figures",
-            "06_figures.ipynb",
+            "questions",
+            "09_questions.ipynb",
             {
                 "evaluations": Input("evaluation", many=True),
                 "scorings": Input("scoring", many=True),
                 "prunings": Input("pruning", many=True),
+                "experiments": Input("experiments", many=True),
             },
         ),
     )
@@ -216,7 +224,9 @@ class Run:
         self.stage, self.study, self.parameters, self.inputs = stage, study, parameters, inputs
         self.artifact = Artifact(study_folder(study) / stage / address(stage, parameters))
         self.done = self.artifact.current
-        self._writer = None if self.done else Writer(self.artifact.folder)
+        self._lock = lock(self.artifact)
+        if not self.done:
+            self._begin()
         self._started = datetime.now(UTC)
 
     @property
@@ -228,16 +238,33 @@ class Run:
         """Return where the file `name` lies, or where to write it while the run is not done."""
         return self.artifact.path(name) if self.done else self._writer.path(name)
 
+    def _begin(self) -> None:
+        """Wait for the lock, clear away what killed runs left, and look again: another process may have finished meanwhile."""
+        self._lock.wait()
+        self._writer = Writer(self.artifact.folder)
+        self.done = self.artifact.current
+        if self.done:
+            self._lock.release()
+
+    def scratch(self) -> Path:
+        """Return a folder for what a killed run can go on from; it outlives failures and goes when the run is finished."""
+        folder = scratch_folder(self.artifact)
+        if not self.done:
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def finish(self, **facts) -> Artifact:
         """Seal the artifact with `facts` (device, dtype, tokens, ...) in its card; does nothing when the run was done.
 
-        Raises UserError when no file was written or the disk is full.
+        Raises UserError when no file was written, the disk is full, or another process took this run over.
         """
         if not self.done:
             used = [used for given in self.inputs.values() for used in (given if isinstance(given, list) else [given])]
             inputs = {artifact.reference: artifact.digest for artifact in used if artifact}
-            self._writer.finish(self.parameters, inputs, self._card(facts))
+            self._writer.finish(self.parameters, inputs, self._card(facts), allowed=lambda: self._lock.held)
             self.done = True
+            shutil.rmtree(scratch_folder(self.artifact), ignore_errors=True)
+            self._lock.release()
         return self.artifact
 
     def describe(self) -> str:
@@ -270,12 +297,21 @@ def execute(
     """Run a stage's notebook in a kernel of its own and return the artifact it made, the executed notebook inside.
 
     While it runs the notebook is `<stage>/<key>.running.ipynb`; after a failure `<stage>/<key>.failed.ipynb`, with its
-    traceback. `environment` is added to the kernel's; a kernel is killed after `timeout_seconds`. Raises UserError for
-    bad parameters, StageError for a failure.
+    traceback. `environment` is added to the kernel's; a kernel is killed after `timeout_seconds`. Waits while another
+    process runs this stage, and does nothing when that has finished it. Raises UserError for bad parameters, StageError for
+    a failure.
     """
     values = _resolve(stage, study, complete(stage, parameters))
     artifact = Artifact(study_folder(study) / stage / address(stage, values))
-    artifact.folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock(artifact) as own:
+        if not is_complete(artifact):
+            progress_to = {PROGRESS_FILE: str(progress_file(artifact))}
+            _execute(artifact, study, values, (environment or {}) | own.environment | progress_to, timeout_seconds)
+    return artifact
+
+
+def _execute(artifact: Artifact, study: str, values: dict, environment: dict[str, str], timeout_seconds: float | None) -> None:
+    stage = artifact.folder.parent.name
     running = artifact.folder.with_name(f"{artifact.key}.running.ipynb")
     failed = failed_notebook(artifact)
     try:
@@ -285,15 +321,18 @@ def execute(
     except Exception as error:
         sentence = sentence_of(error)
         if "No space left" in sentence:
-            shutil.rmtree(Writer(artifact.folder).partial, ignore_errors=True)
-        _keep_failure(running, failed, sentence)
+            Writer(artifact.folder)  # clears what the run had written
+        with contextlib.suppress(OSError, ValueError):  # a full disk has no room for the failed notebook either
+            _keep_failure(running, failed, sentence)
+        running.unlink(missing_ok=True)
         raise StageError(sentence) from error
     except BaseException:
         running.unlink(missing_ok=True)
         raise
+    finally:
+        progress_file(artifact).unlink(missing_ok=True)
     os.replace(running, artifact.path("notebook.ipynb"))
     failed.unlink(missing_ok=True)
-    return artifact
 
 
 def ancestor(artifact: Artifact, stage: str) -> Artifact | None:
@@ -308,6 +347,26 @@ def ancestor(artifact: Artifact, stage: str) -> Artifact | None:
 def failed_notebook(artifact: Artifact) -> Path:
     """Return where the notebook of a failed run of this artifact is kept."""
     return artifact.folder.with_name(f"{artifact.key}.failed.ipynb")
+
+
+def is_complete(artifact: Artifact) -> bool:
+    """Return whether nothing is left to do: the artifact is finished, undamaged and current, its notebook beside it."""
+    return artifact.current and artifact.path("notebook.ipynb").is_file()
+
+
+def lock(artifact: Artifact) -> Lock:
+    """Return the lock under which this artifact is made."""
+    return Lock(artifact.folder.with_name(f".{artifact.key}.lock"))
+
+
+def progress_file(artifact: Artifact) -> Path:
+    """Return where a run of this artifact says how far it is; see `hfprune_nb.progress`."""
+    return artifact.folder.with_name(f".{artifact.key}.progress.json")
+
+
+def scratch_folder(artifact: Artifact) -> Path:
+    """Return where a run of this artifact keeps its checkpoints until it is finished."""
+    return artifact.folder.with_name(f".{artifact.key}.scratch")
 
 
 def sentence_of(error: Exception) -> str:
@@ -365,15 +424,20 @@ def _resolve(stage: str, study: str, values: dict) -> dict:
     resolved = dict(values)
     for name, given in STAGES[stage].inputs.items():
         if values[name]:
-            if given.follows and not resolved[given.follows]:
-                raise UserError(f"parameter {name!r} of {stage} goes with {given.follows!r} only: leave it empty")
+            if not _wanted(given, resolved):
+                leaders = " or ".join(map(repr, given.follows))
+                raise UserError(f"parameter {name!r} of {stage} goes with {leaders} only: leave it empty")
             references = sorted(_reference(name, given.stage, value, folder) for value in _references(values[name]))
             resolved[name] = references if given.many else references[0]
         elif given.many:
             resolved[name] = [artifact.reference for artifact in finished(folder, given.stage)]
-        elif not given.optional and not (given.follows and not resolved[given.follows]):
+        elif not given.optional and _wanted(given, resolved):
             resolved[name] = _make_input(given, study, values, STAGES[stage].inputs)
     return resolved
+
+
+def _wanted(given: Input, values: dict) -> bool:
+    return not given.follows or any(values.get(leader) for leader in given.follows)
 
 
 def _reference(name: str, stage: str, value: str, folder: Path) -> str:
@@ -421,8 +485,9 @@ def _keep_failure(running: Path, failed: Path, sentence: str) -> None:
     notebook = nbformat.read(running, 4) if running.is_file() else nbformat.v4.new_notebook()
     notebook.cells.insert(0, nbformat.v4.new_markdown_cell(f"**Failed:** {sentence}"))
     notebook.metadata["hfprune"] = {"error": sentence}
-    nbformat.write(notebook, failed)
-    running.unlink(missing_ok=True)
+    complete = failed.with_suffix(".new")
+    nbformat.write(notebook, complete)
+    os.replace(complete, failed)
 
 
 def _peak_memory() -> int | None:

@@ -1,0 +1,380 @@
+"""The engine around the scores: batches that do not fit, checkpoints, snapshots, processes, and what may be missing."""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import models
+from hfprune_nb.method import contributions, scoring, shards, totals
+
+THREE = ["one_hot_ce", "entropy", "self_distillation"]
+
+
+def assert_equal_scores(one, other, rtol=2e-4):
+    assert one.importance.keys() == other.importance.keys()
+    for name, values in one.importance.items():
+        torch.testing.assert_close(values, other.importance[name], rtol=rtol, atol=1e-7, msg=name)
+
+
+def failing_above(size, error, monkeypatch):
+    """Let every batch of more than `size` windows raise, after the forward pass; return the sizes that were tried."""
+    tried, original = [], contributions._Vocabulary.__call__
+
+    def attempt(self, batch, *rest):
+        tried.append(len(batch))
+        if len(batch) > size:
+            raise error
+        return original(self, batch, *rest)
+
+    monkeypatch.setattr(contributions._Vocabulary, "__call__", attempt)
+    return tried
+
+
+# Batches
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("batch_size", [0, 7])
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_counted_twice(error, batch_size, tiny, token_windows, monkeypatch):
+    undisturbed = scoring.score(tiny("llama"), token_windows, THREE, batch_size=3, progress=False)
+    tried = failing_above(2, error, monkeypatch)
+    model = tiny("llama")
+    scores = scoring.score(model, token_windows, THREE, batch_size=batch_size, progress=False)
+    assert max(tried) > 2 and scores.batch_size <= 2
+    assert_equal_scores(scores, undisturbed)
+    assert scores.mean_value == pytest.approx(undisturbed.mean_value, rel=1e-5)
+    assert not any(mlp.down._forward_pre_hooks or mlp.up._forward_hooks for mlp in models.gated_mlps(model))
+
+
+def test_a_batch_that_failed_in_its_backward_leaves_nothing_in_memory(tiny, token_windows, monkeypatch):
+    original_sum, original_factored, alive = contributions._sum_changes, contributions.factored, []
+
+    def failing(hidden, gradient):
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(hidden) == 2:
+            assert not [seen for seen in alive if seen() is not None and len(seen()) > 2]
+        return original_sum(hidden, gradient)
+
+    def watching(model, replace):
+        def remember(layer, hidden):
+            hidden = replace(layer, hidden)
+            alive.append(weakref.ref(hidden))
+            return hidden
+
+        return original_factored(model, remember)
+
+    monkeypatch.setattr(contributions, "_sum_changes", failing)
+    monkeypatch.setattr(contributions, "factored", watching)
+    assert scoring.score(tiny("llama"), token_windows, ["entropy"], batch_size=4, progress=False).batch_size == 2
+    assert len(alive) > 3
+
+
+def test_one_window_that_does_not_fit_is_told(tiny, token_windows, monkeypatch):
+    failing_above(0, torch.OutOfMemoryError("CUDA out of memory"), monkeypatch)
+    with pytest.raises(UserError, match="a single window does not fit"):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], progress=False)
+
+
+def test_another_error_is_not_taken_for_a_full_memory(tiny, token_windows, monkeypatch):
+    tried = failing_above(0, RuntimeError("shapes do not fit"), monkeypatch)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], progress=False)
+    assert tried == [4]
+
+
+def test_the_automatic_batch_of_the_cpu_follows_from_shapes_alone(tiny, monkeypatch, caplog):
+    caplog.set_level("INFO", logger=scoring.__name__)
+    monkeypatch.setattr(scoring, "CPU_TOKENS", 50)
+    windows = np.random.default_rng(1).integers(0, 61, (9, 12))
+    tried = failing_above(99, None, monkeypatch)
+    scores = scoring.score(tiny("llama"), windows, ["entropy"], batch_size=0, progress=False)
+    assert tried == [4, 4, 1] and scores.batch_size == 4
+    assert [record.getMessage() for record in caplog.records] == ["scoring takes 4 windows of 12 tokens in a batch"]
+
+
+@pytest.mark.parametrize(("free", "expected"), [(800, 2), (100, 1), (10**9, 8)])
+def test_the_batch_of_a_gpu_is_what_the_first_window_shows_to_fit(free, expected, tiny, monkeypatch):
+    """The first window takes 250 bytes; four fifths of free memory, a power of two, never more than fills the device."""
+    monkeypatch.setattr(scoring, "CUDA_TOKENS", 120)
+    for name, value in {"max_memory_allocated": 350, "memory_reserved": 150, "memory_allocated": 100}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 50, 0))
+    scoring_pass = scoring._Pass(tiny("llama"), np.zeros((9, 12)), {}, batch_size=0, checkpoint=None, checkpoint_every=1)
+    assert scoring_pass._fitting_size({0: 100}) == expected
+
+
+# Activation checkpointing, compilation
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "phi3"])
+def test_layers_computed_twice_give_the_same_scores(architecture, tiny, token_windows):
+    model = tiny(architecture, dtype="float64")
+    plain = scoring.score(model, token_windows, THREE, progress=False)
+    again = scoring.score(model, token_windows, THREE, activation_checkpointing=True, progress=False)
+    assert_equal_scores(again, plain, rtol=1e-9)
+    assert all(not layer._forward_pre_hooks and not layer._forward_hooks for layer in model.get_decoder().layers)
+
+
+def most_held(model, windows, **settings):
+    """Bytes that autograd holds for backward passes, at their most."""
+    held, most = weakref.WeakSet(), 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal most
+            self.tensor = tensor
+            held.add(self)
+            most = max(most, sum(saved.tensor.nbytes for saved in held))
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Saved(tensor.detach()), lambda saved: saved.tensor):
+        scoring.score(model, windows, ["entropy"], progress=False, **settings)
+    return most
+
+
+def test_layers_computed_twice_hold_the_activations_of_one(tiny, token_windows):
+    model = tiny("llama", num_hidden_layers=6)
+    assert most_held(model, token_windows, activation_checkpointing=True) < most_held(model, token_windows) / 4
+
+
+def test_compilation_is_asked_for_criteria_and_sums_only_when_wanted(tiny, token_windows, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__name__) or function)
+    plain = scoring.score(tiny("llama"), token_windows, ["entropy", "one_hot_ce"], progress=False)
+    assert compiled == []
+    again = scoring.score(tiny("llama"), token_windows, ["entropy", "one_hot_ce"], compile=True, progress=False)
+    assert compiled == ["value_and_gradient", "value_and_gradient", "_sum_changes"]
+    assert_equal_scores(again, plain, rtol=0)
+
+
+def test_weight_aggregation_has_no_layers_to_compute_twice(tiny, token_windows):
+    with pytest.raises(UserError, match="activation_checkpointing does not go with"):
+        scoring.score(
+            tiny("llama"), token_windows, ["entropy"], aggregation="weight", activation_checkpointing=True, progress=False
+        )
+
+
+# Snapshots
+
+
+def test_a_snapshot_is_the_importance_of_the_first_windows(tiny, token_windows, tmp_path):
+    model = tiny("llama")
+    scores = scoring.score(model, token_windows, ["entropy", "one_hot_ce", "magnitude"], batch_size=7, progress=False)
+    assert list(scores.snapshots) == [1, 2, 4, 8, 9]
+    for n, found in scores.snapshots.items():
+        alone = scoring.score(model, token_windows[:n], ["entropy", "one_hot_ce"], progress=False)
+        assert found.keys() == {"entropy", "one_hot_ce"}
+        for name, values in found.items():
+            torch.testing.assert_close(values, alone.importance[name], rtol=2e-4, atol=1e-7)
+    assert torch.equal(scores.snapshots[9]["entropy"], scores.importance["entropy"])
+    scores.save_snapshots(tmp_path / "snapshots.safetensors")
+    again = scoring.load_snapshots(tmp_path / "snapshots.safetensors")
+    assert list(again) == list(scores.snapshots)
+    assert all(torch.equal(values, again[n][name]) for n, found in scores.snapshots.items() for name, values in found.items())
+
+
+def test_snapshots_of_self_distillation_have_the_student_of_the_full_first_stage(tiny, token_windows):
+    scores = scoring.score(tiny("llama"), token_windows, THREE, first_stage_ratio=0.1, progress=False)
+    removed = [
+        {tuple(place) for place in (found["self_distillation"] < 0).nonzero().tolist()} for found in scores.snapshots.values()
+    ]
+    assert all(removed) and len(set(map(frozenset, removed))) == 1
+    assert torch.equal(scores.snapshots[9]["self_distillation"], scores.importance["self_distillation"])
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])])
+def test_borders_are_powers_of_two_and_the_total(count, expected):
+    assert totals.borders(count) == expected
+
+
+# Checkpoints
+
+
+class Killed(BaseException):
+    """What stands for a killed process."""
+
+
+def stop_after(count, monkeypatch):
+    """Let the engine be killed when it has added `count` batches; return the real method."""
+    original, calls = totals.Totals.add, []
+
+    def add(self, *arguments):
+        if len(calls) == count:
+            raise Killed
+        calls.append(None)
+        original(self, *arguments)
+
+    monkeypatch.setattr(totals.Totals, "add", add)
+    return original
+
+
+@pytest.mark.parametrize("after", [0, 3, 5, 8])
+def test_a_resumed_run_gives_the_same_bytes(after, tiny, token_windows, tmp_path, monkeypatch):
+    """Five batches in each of two passes: it is killed before the first checkpoint, in the first pass, between, in the second."""
+    settings = {"batch_size": 2, "checkpoint_every": 2, "first_stage_ratio": 0.1, "progress": False}
+    scoring.score(tiny("llama"), token_windows, THREE, **settings).save(tmp_path / "whole.safetensors")
+    original = stop_after(after, monkeypatch)
+    with pytest.raises(Killed):
+        scoring.score(tiny("llama"), token_windows, THREE, checkpoint=tmp_path / "checkpoint", **settings)
+    added = []
+    monkeypatch.setattr(totals.Totals, "add", lambda self, *rest: added.append(None) or original(self, *rest))
+    resumed = scoring.score(tiny("llama"), token_windows, THREE, checkpoint=tmp_path / "checkpoint", **settings)
+    resumed.save(tmp_path / "resumed.safetensors")
+    resumed.save_snapshots(tmp_path / "snapshots.safetensors")
+    assert len(added) == 10 - after, "a batch was computed again"
+    assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not list((tmp_path / "checkpoint").glob("*.partial"))
+
+
+def test_a_batch_size_that_shrank_is_remembered(tiny, token_windows, tmp_path, monkeypatch):
+    settings = {"batch_size": 8, "checkpoint": tmp_path, "checkpoint_every": 1, "progress": False}
+    failing_above(2, MemoryError(), monkeypatch)
+    original = stop_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], **settings)
+    monkeypatch.setattr(totals.Totals, "add", original)
+    tried = failing_above(99, None, monkeypatch)
+    assert scoring.score(tiny("llama"), token_windows, ["entropy"], **settings).batch_size == 2
+    assert tried == [2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("other", ["windows", "model", "criterion", "chunk", "damaged"])
+def test_a_checkpoint_of_another_run_is_ignored(other, tiny, token_windows, tmp_path):
+    settings = {"batch_size": 2, "progress": False}
+    scoring.score(tiny("llama"), token_windows, ["entropy"], checkpoint=tmp_path, **settings)
+    model, windows, criteria = tiny("llama"), token_windows.copy(), ["entropy"]
+    if other == "windows":
+        windows[0, 0] += 1
+    elif other == "model":
+        models.gated_mlps(model)[0].down.weight.data[0, 0] += 1
+    elif other == "criterion":
+        criteria = ["one_hot_ce"]
+    elif other == "chunk":
+        settings["chunk_size"] = 5
+    else:
+        file = next(tmp_path.iterdir())
+        file.write_bytes(file.read_bytes()[:-8])
+    expected = scoring.score(model, windows, criteria, **settings)
+    found = scoring.score(model, windows, criteria, checkpoint=tmp_path, **settings)
+    assert all(torch.equal(values, found.importance[name]) for name, values in expected.importance.items())
+
+
+# Processes
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_two_processes_give_the_scores_of_one(one_thread, token_windows, tmp_path):
+    settings = {"dtype": "float32", "device": "cpu", "batch_size": 2, "first_stage_ratio": 0.1, "progress": False}
+    one = shards.score(models.TINY, token_windows, THREE, folder=tmp_path / "one", **settings)
+    two = shards.score(models.TINY, token_windows, THREE, folder=tmp_path / "two", processes=2, **settings)
+    assert_equal_scores(two, one)
+    assert two.tokens == one.tokens and two.mean_value == pytest.approx(one.mean_value, rel=1e-5)
+    assert list(two.snapshots) == list(one.snapshots)
+    for n, found in one.snapshots.items():
+        for name, values in found.items():
+            torch.testing.assert_close(two.snapshots[n][name], values, rtol=2e-4, atol=1e-7)
+    files = {path.name for path in (tmp_path / "two" / "checkpoint").iterdir()}
+    assert files == {f"{name}.{rank}of2.safetensors" for name in ("dense", "student") for rank in (0, 1)}
+
+
+def write_request(folder, windows, criteria):
+    save_file({"windows": torch.as_tensor(windows)}, folder / "windows.safetensors")
+    model = {"name": models.TINY, "dtype": "float32", "device": "cpu"}
+    request = {"model": model, "criteria": criteria, "settings": {"progress": False}}
+    (folder / "request.json").write_text(json.dumps(request))
+
+
+@pytest.fixture
+def alone_in_a_group(monkeypatch):
+    """What torch.distributed.run sets for the only process of a group."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_process_leaves_its_reason_when_it_fails(alone_in_a_group, token_windows, tmp_path):
+    write_request(tmp_path, token_windows, ["entropie"])
+    with pytest.raises(UserError):
+        shards.main([str(tmp_path)])
+    assert (tmp_path / "error.0.txt").read_text().startswith("criterion 'entropie' is unknown")
+
+
+@pytest.mark.parametrize("reason", ["no memory left", None])
+def test_a_process_that_fails_is_told_in_one_sentence(reason, token_windows, tmp_path, monkeypatch):
+    def run(command):
+        if reason:
+            (tmp_path / "error.1.txt").write_text(reason)
+        return 1, "Traceback\nSignal 9 (SIGKILL) received\n"
+
+    monkeypatch.setattr(shards, "_run", run)
+    words = "process 1 of 2 failed.*no memory left" if reason else "a process of 2 failed.*SIGKILL"
+    with pytest.raises(UserError, match=words) as caught:
+        shards.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, processes=2, device="cpu", progress=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"processes": 10}, "processes 10 is outside 1 to 9"),
+        ({"processes": 2, "device": "balanced"}, "device 'balanced' is one place"),
+    ],
+)
+def test_processes_that_cannot_be_started_are_refused(settings, words, token_windows, tmp_path):
+    with pytest.raises(UserError, match=words):
+        shards.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, **settings)
+
+
+# The package alone
+
+BLOCKED = (
+    "datasets",
+    "lm_eval",
+    "papermill",
+    "pandas",
+    "requests",
+    "pypi_simple",
+    "tenacity",
+    "pyarrow",
+    "matplotlib",
+    "peft",
+    "trl",
+)
+
+
+def test_scoring_needs_only_torch_and_transformers(tmp_path):
+    """`hfprune cost` runs from the package alone: a model made here is loaded by its folder and scored."""
+    folder = models._source(models.TINY)
+    code = f"""
+import json, sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+import numpy
+from hfprune_nb.inputs import models
+from hfprune_nb.method import scoring, shards
+model, _ = models.load({folder!r}, device="cpu")
+windows = numpy.random.default_rng(0).integers(0, 384, (2, 8))
+print(json.dumps([models.aliases(), scoring.score(model, windows, ["entropy"], progress=False).tokens]))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout) == [[models.TINY], 16]

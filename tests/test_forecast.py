@@ -1,0 +1,101 @@
+"""The forecast: scheduling by hand-made graphs, rates that are found again, and the committed studies as they were measured."""
+
+import re
+from pathlib import Path
+
+import pytest
+import toys
+
+from hfprune_nb.runs import forecast, study
+from hfprune_nb.runs.artifacts import Artifact, read_json
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+MEASURED = sorted(RESULTS.glob("offline*/cards.json"))
+
+
+def predicted(cards, known):
+    """What every run in `cards` needs by the rates `known`, and what it waits for."""
+    parameters = {reference: card["parameters"] for reference, card in cards.items()}
+    needs = {name: forecast.need(name.split("/")[0], values, known, parameters.get) for name, values in parameters.items()}
+    depends = {
+        name: tuple(r for value in values.values() for r in (value if isinstance(value, list) else [value]) if r in parameters)
+        for name, values in parameters.items()
+    }
+    return needs, depends
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 12), (2, 7), (3, 6), (64, 6)])
+def test_makespan_of_a_graph_by_hand(workers, seconds):
+    """a 1, then b 2 and c 3 and d 4 after it, then e 2 after b and c."""
+    times = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 2.0}
+    depends = {"a": (), "b": ("a",), "c": ("a",), "d": ("a",), "e": ("b", "c")}
+    assert forecast.makespan(times, depends, workers) == seconds
+
+
+def test_finished_cells_hold_nobody_up():
+    assert forecast.makespan({"b": 2.0}, {"b": ("a",)}, 1) == 2
+    assert forecast.makespan({}, {}, 1) == 0
+
+
+def test_fitting_finds_the_rates_that_made_the_cards():
+    known = forecast.rates()
+    truth = known["devices"]["cpu"]["seconds_per_unit"] | {"scoring": 3e-11, "pruning": 4e-8, "calibration": 2.0}
+    calibration = {"model": "smollm2-135m", "n_windows": 10, "seq_len": 100}
+    scoring = {"model": "smollm2-135m", "calibration": "calibration/0", "criteria": ["entropy", "magnitude"], "device": "cpu"}
+    parameters = {"calibration": calibration, "scoring": scoring, "pruning": {"model": "smollm2-135m", "device": "cpu"}}
+    units = {"calibration": 1, "scoring": 10 * 100 * 2 * 134515008, "pruning": 134515008}
+    cards = {
+        f"{name}/0": {"stage": name, "parameters": values, "seconds": units[name] * truth[name], "peak_memory_bytes": 2e9}
+        for name, values in parameters.items()
+    }
+    fitted = forecast.fit([(cards, 3.0)], known)
+    assert fitted["seconds_per_unit"] == pytest.approx(truth) and fitted["startup_seconds"] == 3.0
+
+
+def test_every_study_of_the_kit_has_a_forecast():
+    for path in sorted((RESULTS.parent / "notebooks" / "studies").glob("*.yaml")):
+        needs = study.needs(study.load(path))
+        assert all(need.seconds > 0 and need.memory > 0 and need.disk > 0 for need in needs.values()), path.stem
+
+
+def test_more_workers_never_take_longer_and_done_cells_cost_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_HOME", str(toys.write_project(tmp_path)))
+    monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
+    monkeypatch.setattr(forecast, "rates", lambda: known)
+    unit = dict.fromkeys(("calibration", "scoring", "pruning", "recovery", "evaluation", "figures"), 1.0)
+    known = {
+        "devices": {"cpu": {"startup_seconds": 3.0, "seconds_per_unit": unit, "base_gb": 1, "gb_per_billion_parameters": {}}},
+        "models": {"default": 1}, "tasks": {"default": {"items": 5, "tokens": 2}}, "neurons_per_parameter": 1,
+    }  # fmt: skip
+    monkeypatch.setattr(forecast, "work", lambda *_: (1, 0))
+    loaded = study.load("toy")
+    hours = [study.hours(loaded, workers) for workers in (1, 2, 8)]
+    assert hours[0] * 3600 == pytest.approx(12 * 4.0) and hours == sorted(hours, reverse=True)
+    monkeypatch.setattr(Artifact, "current", property(lambda self: True))
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    monkeypatch.setattr(Artifact, "card", property(lambda self: {"seconds": 1.0}))
+    assert study.hours(loaded, 1, only_missing=True) == 0
+
+
+@pytest.mark.parametrize("cards_file", MEASURED, ids=lambda path: path.parent.name)
+def test_the_committed_rates_agree_with_the_committed_cards(cards_file):
+    """Within 30 %: the sum over all runs of a study, each as its notebook measured itself."""
+    cards, known = read_json(cards_file), forecast.rates()
+    needs, _ = predicted(cards, known)
+    startup = known["devices"]["cpu"]["startup_seconds"]
+    expected = sum(need.seconds - startup for need in needs.values())
+    assert expected == pytest.approx(sum(card["seconds"] for card in cards.values()), rel=0.3)
+
+
+def test_the_offline_study_took_as_long_as_predicted():
+    """Wall-clock of an uninterrupted run, as its log says, within 30 %."""
+    cards = read_json(RESULTS / "offline" / "cards.json")
+    whole = rf"study offline: {len(cards)} cells in (\d+) s: {len(cards)} computed, 0 done"
+    (seconds, *_) = re.findall(whole, (RESULTS / "offline" / "run.log").read_text(encoding="utf-8"))[::-1]
+    needs, depends = predicted(cards, forecast.rates())
+    assert 3600 * forecast.total(needs, depends, workers=2) == pytest.approx(float(seconds), rel=0.3)
+
+
+@pytest.mark.parametrize(("hours", "words"), [(0.5, "30 min"), (3.2, "3 h"), (72, "3.0 days")])
+def test_durations_in_words(hours, words):
+    assert forecast.in_words(hours) == words

@@ -1,0 +1,248 @@
+"""The reviewers' questions on synthetic artifacts: known answers, both outcomes of every sentence, the notebook."""
+
+import json
+
+import matplotlib
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+from scipy import stats
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.report import measurements, neurons, question_figures, questions
+from hfprune_nb.runs import artifacts, stage
+
+matplotlib.use("Agg")
+MODEL = "smollm2-135m"
+FAST = {"n_resamples": 300}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("questions")
+
+
+@pytest.fixture(scope="module")
+def scorings(folder):
+    return [synthetic.scoring(folder / "scoring" / str(seed), seed) for seed in (1, 0)]
+
+
+@pytest.fixture(scope="module")
+def experiment(folder):
+    return synthetic.experiments(folder / "experiments")
+
+
+@pytest.fixture(scope="module")
+def predictions(experiment, scorings):
+    return questions.predictions([experiment], scorings)
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return measurements.collect(synthetic.study(folder / "evaluation", measurements.CRITERIA, (0.1, 0.2), tasks={"boolq": "acc"}))
+
+
+def texts(figure):
+    """Return all words of a figure."""
+    figure.canvas.draw()
+    return " | ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def choices(between, within):
+    """The overlaps of one pair of criteria and two seeds in twelve layers."""
+    rng = np.random.default_rng(0)
+    pair = ("One-hot CE / Entropy (HFPrune)", "One-hot CE, two seeds", "Entropy (HFPrune), two seeds", neurons.CHANCE)
+    levels = dict(zip(pair, (between, within, within, 0.3), strict=True))
+    places = [(name, level, layer) for name, level in levels.items() for layer in range(12)]
+    rows = [(MODEL, 0.2, layer, name, level + 0.01 * rng.normal(), 3) for name, level, layer in places]
+    return questions.choice(pd.DataFrame(rows, columns=neurons.OVERLAP), **FAST)
+
+
+def test_different_choices_are_told_from_calibration_noise():
+    frame = choices(between=0.6, within=0.8)
+    assert frame["difference"].iloc[0] == pytest.approx(0.2, abs=0.02) and frame["low"].iloc[0] > 0
+    assert "by more than calibration noise at every ratio" in questions.choice_sentence(frame, MODEL)
+    assert "chance 0.3" in questions.choice_sentence(frame, MODEL)
+
+
+def test_equal_choices_are_not_called_different():
+    frame = choices(between=0.8, within=0.8)
+    assert "by more than calibration noise at no ratio" in questions.choice_sentence(frame, MODEL)
+    nothing = questions.choice(pd.DataFrame(columns=neurons.OVERLAP))
+    assert "two seeds each are needed" in questions.choice_sentence(nothing, MODEL)
+
+
+def test_the_overlap_of_a_study_gives_an_answer(tmp_path):
+    frame = questions.choice(neurons.kept_overlap(synthetic.prunings(tmp_path), measurements.CRITERIA), **FAST)
+    assert len(frame) == 9 and set(frame["ratio"]) == {0.1, 0.2, 0.3}
+    assert (frame["between"] < frame["within"]).all() and "noise" in questions.choice_sentence(frame, MODEL)
+
+
+def test_predictions_are_sums_over_the_silenced_neurons(predictions, experiment):
+    ablations = pd.read_parquet(experiment / "ablations.parquet")
+    mean = (synthetic.importance(0)["one_hot_ce"] + synthetic.importance(1)["one_hot_ce"]) / 2
+    ours = predictions[predictions["predictor"] == "one_hot_ce"]
+    group = ablations.index[ablations["size"] == 16][0]
+    expected = mean[ablations.loc[group, "layer"], list(ablations.loc[group, "neurons"])].sum()
+    assert ours["predicted"].iloc[group] == pytest.approx(expected) and len(ours) == len(ablations)
+    assert np.isfinite(predictions["predicted"]).all(), "a first stage's negative ranks count as nothing"
+
+
+def test_correlations_are_spearmans_within_layers(predictions):
+    table = questions.truth_table(predictions, ["Protocol. Synthetic."], **FAST)
+    row = table.long.query("predictor == 'entropy' and target == 'kl' and scope == 'within'").iloc[0]
+    singles = predictions[(predictions["predictor"] == "entropy") & (predictions["size"] == 1)]
+    expected = np.mean([stats.spearmanr(part["predicted"], part["kl"]).statistic for _, part in singles.groupby("layer")])
+    assert row["spearman"] == pytest.approx(expected) and row["low"] < expected < row["high"] and row["n"] == len(singles)
+    signed = table.long.query("predictor == 'predicted_ce' and target == 'ce'")
+    assert (signed["spearman"] > 0.99).all(), "a signed prediction is held against the signed change"
+    assert "Entropy (HFPrune)" in table.markdown() and "Protocol. Synthetic." in table.markdown()
+
+
+def test_the_criterion_that_made_the_damage_is_called_closer(predictions):
+    assert "Entropy (HFPrune) is closer to the truth than" in questions.truth_sentence(predictions, MODEL, **FAST)
+
+
+def test_damage_that_no_criterion_knows_tells_none_apart(tmp_path, scorings):
+    unrelated = questions.predictions([synthetic.experiments(tmp_path / "e", true_criterion=None)], scorings)
+    sentence = questions.truth_sentence(unrelated, MODEL, **FAST)
+    assert "closer to the truth" not in sentence and sentence.count("not told apart") == 3
+    few = unrelated[unrelated["predictor"] == "entropy"]
+    assert "fewer than two criteria" in questions.truth_sentence(few, MODEL)
+
+
+def test_differences_by_position_are_those_of_the_windows(results):
+    frame = questions.entropy_split(results, **FAST)
+    assert set(frame["positions"]) == set(questions.POSITIONS) and len(frame) == 2 * 2 * 2 * 3
+    row = frame.query("corpus == 'c4' and ratio == 0.2 and positions == 'low_entropy' and other == 'one_hot_ce'").iloc[0]
+    windows = results.fidelity_positions.query("corpus == 'c4' and ratio == 0.2 and positions == 'low_entropy'")
+    means = windows.groupby("criterion")["kl"].mean()
+    assert row["difference"] == pytest.approx(means["entropy"] - means["one_hot_ce"])
+    assert (frame["p_holm"] >= frame["p"]).all()
+    text = questions.entropy_table(frame, results).markdown()
+    assert "low-entropy half" in text and "Protocol." in text
+
+
+def test_the_sentence_on_the_distribution_has_both_outcomes(results):
+    frame = questions.entropy_split(results, n_resamples=3000)  # Holm over 24 comparisons needs p-values below 0.002
+    sentence = questions.entropy_sentence(frame, MODEL)
+    certain = frame[(frame["high"] < 0) & (frame["p_holm"] < 0.05) & (frame["other"] == "self_distillation")]
+    assert len(certain) and f"against Self-distillation, closer in {len(certain)} and further away in 0 of 12" in sentence
+    some = frame.assign(p_holm=frame["p_holm"].where(frame["positions"] == "low_entropy", 1.0))
+    assert "(closer: c4, low-entropy half at " in questions.entropy_sentence(some, MODEL)
+    open_frame = frame.assign(low=-1.0, high=1.0)
+    undecided = questions.entropy_sentence(open_frame, MODEL)
+    assert undecided.count("closer in 0 and further away in 0 of 12") == 2 and "(closer:" not in undecided
+    assert "not evaluated on the same" in questions.entropy_sentence(questions.entropy_split(None), MODEL)
+
+
+def test_main_tables_read_all_positions_only(results):
+    assert set(results.fidelity["positions"]) == {"all"} and len(results.fidelity_positions) == 3 * len(results.fidelity)
+
+
+def test_convergence_ends_at_one_with_itself_and_below_with_another_seed(scorings):
+    frame = questions.convergence(scorings, {MODEL: 0.4})
+    own = frame[frame["against"] == "own total"]
+    assert set(frame["criterion"]) == set(synthetic.THREE) and sorted(frame["n"].unique()) == [1, 2, 4, 8]
+    assert (own.loc[own["n"] == 8, ["jaccard", "spearman"]] == 1).all(axis=None)
+    other = frame[frame["against"] == "other seed"].groupby("n")["jaccard"].mean()
+    assert other[1] < other[8] < 1
+
+
+def test_overlap_of_kept_sets_by_hand():
+    a, b = np.array([[1.0, 2, 3, 4, 5]]), np.array([[1.0, 2, 3, 5, 0]])
+    assert questions.overlap(a, b, 0.4) == pytest.approx(2 / 4)  # {2, 3, 4} and {1, 2, 3}
+    assert questions.rank_correlation(a, a) == 1 and questions.overlap(a, b, 0.0) == 1
+
+
+def test_texts_are_compared_with_two_seeds_of_one(experiment, tmp_path, scorings):
+    frame = questions.corpora([experiment], {MODEL: 0.4})
+    assert list(frame["seeds"]) == [True, True, False, False]
+    converging = questions.convergence(scorings, {MODEL: 0.4})
+    sentence = questions.calibration_sentence(converging, frame, MODEL)
+    assert "less overlap code" in sentence and "with 4 to" in sentence and "with 8 windows" in sentence
+    alike = questions.corpora([synthetic.experiments(tmp_path / "e", text_changes=False)], {MODEL: 0.4})
+    assert "no other text overlaps less" in questions.calibration_sentence(converging, alike, MODEL)
+    assert "say nothing" in questions.calibration_sentence(converging.iloc[:0], frame.iloc[:0], MODEL)
+    assert "next seed" in questions.corpora_table(frame, ["note"]).markdown()
+
+
+def test_the_zero_gradient_is_shown_or_denied(experiment, tmp_path):
+    sentence = questions.gradient_sentence(questions.gradients([experiment]), MODEL)
+    assert "has no signal, its logit gradient is exactly 0" in sentence and "0.100 after 2.5 %" in sentence
+    other = questions.gradients([synthetic.experiments(tmp_path / "e", gradient=0.3)])
+    assert "has a signal" in questions.gradient_sentence(other, MODEL)
+    assert "no gradient" in questions.gradient_sentence(questions.gradients([]), MODEL)
+
+
+def test_the_middle_ratio_is_that_of_the_prunings(tmp_path):
+    folders = synthetic.prunings(tmp_path, ("entropy",))
+    ratios = sorted({neurons.kept(folder)[0]["neuron_ratio"] for folder in folders})
+    assert questions.neuron_ratio(folders, MODEL) == pytest.approx(ratios[1], abs=1e-3)
+    assert questions.neuron_ratio([], MODEL) == questions.DEFAULT_NEURON_RATIO
+
+
+def test_every_figure_says_what_it_shows(predictions, results, scorings, experiment):
+    table = questions.truth_table(predictions, **FAST)
+    words = texts(question_figures.truth(predictions, table.long, MODEL))
+    assert "within a layer: " in words and "higher: worse" in words and "signed first-order CE" in words
+    words = texts(question_figures.entropy_split(questions.entropy_split(results, **FAST), MODEL))
+    assert "left: entropy is closer" in words and "high-entropy half" in words and "wikitext, 20 % removed" in words
+    frames = questions.convergence(scorings, {MODEL: 0.4}), questions.corpora([experiment], {MODEL: 0.4})
+    words = texts(question_figures.calibration(*frames, MODEL))
+    assert "1: same neurons" in words and "c4,\nnext seed" in words and "calibration windows" in words
+    words = texts(question_figures.gradient(questions.gradients([experiment]), MODEL))
+    assert "dense model" in words and "2.5 %" in words and words.startswith("0 | ")
+
+
+def test_figures_of_nothing_say_what_is_missing(predictions, scorings):
+    empty = [
+        question_figures.truth(predictions.iloc[:0], pd.DataFrame(), MODEL),
+        question_figures.entropy_split(questions.entropy_split(None), MODEL),
+        question_figures.calibration(questions.convergence([], {}), questions.corpora([], {}), MODEL),
+        question_figures.gradient(questions.gradients([]), MODEL),
+    ]
+    assert all("nothing to draw" in texts(figure) for figure in empty)
+
+
+def test_what_is_damaged_or_missing_is_named(tmp_path, experiment):
+    with pytest.raises(UserError, match="run stage 08"):
+        questions.experiment(tmp_path)
+    damaged = synthetic.scoring(tmp_path / "s")
+    (damaged / "snapshots.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="damaged"):
+        questions.convergence([damaged], {MODEL: 0.4})
+
+
+def artifact(study, stage_name, key, make):
+    """Put a synthetic artifact into a study as a finished one."""
+    writer = artifacts.Writer(study / stage_name / key)
+    make(writer.partial)
+    writer.finish({}, {}, {"versions": {"torch": "2"}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None}})
+
+
+def test_the_notebook_answers_every_question(tmp_path, monkeypatch):
+    monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path))
+    study = tmp_path / "asked"
+    cells = [(name, seed) for name in ("entropy", "one_hot_ce") for seed in (0, 1)]
+    artifact(study, "evaluation", "f" * 16, lambda to: synthetic.evaluation(to, n_items=10))
+    for i, (name, seed) in enumerate(cells):
+        key = f"{i:016x}"
+        artifact(study, "evaluation", key, lambda to, n=name, s=seed: synthetic.evaluation(to, n, 0.2, s, n_items=10))
+        artifact(study, "pruning", key, lambda to, n=name, s=seed: synthetic.pruning(to, n, 0.2, s))
+    for seed in (0, 1):
+        artifact(study, "scoring", f"{seed:016x}", lambda to, s=seed: synthetic.scoring(to, s))
+    artifact(study, "experiments", f"{0:016x}", synthetic.experiments)
+    made = stage.execute("questions", "asked", {"n_resamples": 200})
+    answers = json.loads(made.path("answers.json").read_text())
+    assert set(answers) == {"choice", "truth", "distribution", "calibration", "gradient"}
+    assert all(len(sentences) == 1 and MODEL in sentences[0] for sentences in answers.values())
+    names = ("importance", "rank_agreement", "kept_overlap", "truth", "entropy_split", "calibration", "gradient")
+    assert {path.stem for path in made.path("figures").glob("*.svg")} == set(names)
+    assert all(made.path(f"tables/{name}.md").stat().st_size for name in ("truth", "entropy_split", "calibration_text"))
+    outputs = [o for cell in nbformat.read(made.path("notebook.ipynb"), 4).cells for o in cell.get("outputs", [])]
+    shown = [output.data for output in outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) == len(names)
+    assert any(all(a[0] in data.get("text/markdown", "") for a in answers.values()) for data in shown)
