@@ -170,10 +170,12 @@ def test_protocol_is_written_for_machines(results, tmp_path):
 def test_the_card_of_an_artifact_tells_versions_machine_and_commit(tmp_path):
     folder = synthetic.evaluation(tmp_path / "dense")
     card = {"versions": {"torch": "2.13.0"}, "platform": "Linux-6.1-x86_64", "cpu_count": 2, "threads": 1}
-    (folder / "card.json").write_text(json.dumps(card | {"git": {"commit": "0123456789abcdef", "dirty": True}}))
-    note = measurements.protocol_note(measurements.collect([folder]))
-    for fact in ("torch 2.13.0", "hardware 2 processors (Linux) of which 1 used", "commit 0123456789ab with changes"):
-        assert fact in note
+    card |= {"git": {"commit": "0123456789abcdef", "dirty": True}}
+    for facts, hardware in (({}, "2 processors (Linux)"), ({"hardware": "Abacus 1, 2 cores"}, "Abacus 1, 2 cores")):
+        (folder / "card.json").write_text(json.dumps(card | {"facts": facts}))
+        note = measurements.protocol_note(measurements.collect([folder]))
+        for fact in ("torch 2.13.0", f"hardware {hardware}, of which 1 used", "commit 0123456789ab with changes"):
+            assert fact in note
 
 
 def test_tuned_models_and_skipped_tasks_are_told_and_not_mixed_in(tmp_path):
@@ -202,6 +204,24 @@ def test_written_files_are_complete_and_reproducible(criterion, paired, tmp_path
     assert read["mean"].to_numpy() == pytest.approx(criterion.long["mean"].to_numpy(), nan_ok=True)
     assert "Protocol." in (tmp_path / "one" / "ablation.md").read_text()
     assert "<table" in (tmp_path / "one" / "criterion.html").read_text()
+
+
+def test_a_task_that_carries_an_average_is_named():
+    scores = {"entropy": (10.0, 50.0, 50.0), "one_hot_ce": (70.0, 51.0, 50.0)}
+    cells = pd.DataFrame(
+        {"model": "m", "criterion": name, "ratio": 0.1, "column": task, "measure": "task", "mean": value}
+        for name, values in scores.items()
+        for task, value in zip(("boolq", "piqa", "race"), values, strict=True)
+    )
+    mean = (-60 - 1) / 3
+    row = {"model": "m", "ratio": 0.1, "column": "average", "measure": "average", "a": "entropy", "b": "one_hot_ce", "mean": mean}
+    decided = tables.carried_by_one_task(cells, pd.DataFrame([row | {"low": mean - 5, "high": mean + 5}]))
+    assert decided == [
+        "m at 10 %: of the -20.3 points between the averages of Entropy (HFPrune) and One-hot CE, boolq alone makes -20.0."
+    ]
+    assert tables.carried_by_one_task(cells, pd.DataFrame([row | {"low": mean - 5, "high": 1.0}])) == []
+    even = cells.assign(mean=cells["criterion"].map({"entropy": 40.0, "one_hot_ce": 60.0}))
+    assert tables.carried_by_one_task(even, pd.DataFrame([row | {"mean": -20.0, "low": -25.0, "high": -15.0}])) == []
 
 
 def test_findings_repeat_the_tables_and_claim_no_more(criterion, paired):

@@ -176,8 +176,8 @@ def made_with(folder: Path) -> dict:
         return {}
     card = json.loads(path.read_text(encoding="utf-8"))
     found = {name: card["versions"].get(name) for name in ("torch", "transformers")}
-    system = card["platform"].partition("-")[0]
-    found["hardware"] = f"{card['cpu_count']} processors ({system}) of which {card['threads']} used"
+    place = card["facts"].get("hardware") or f"{card['cpu_count']} processors ({card['platform'].partition('-')[0]})"
+    found["hardware"] = f"{place}, of which {card['threads']} used"
     commit = card["git"]["commit"]
     return found | {"commit": commit and commit[:12] + (" with changes" if card["git"]["dirty"] else "")}
 

@@ -573,6 +573,7 @@ def findings(criterion: Table, paired: Table, paper: Path | None = None) -> list
         sentences += [_pair_sentence(model, a, b, part) for (a, b), part in differences.groupby(["a", "b"], sort=False)]
         sentences += _detectable_sentences(model, differences)
     average = paired.long[(paired.long["column"] == "average") & paired.long["low"].notna()]
+    sentences += carried_by_one_task(criterion.long, average)
     return sentences + _paper_sentences(average, _paper_cells(("T6",), paper))
 
 
@@ -580,8 +581,7 @@ def _level_sentences(model: str, cells: pd.DataFrame) -> list[str]:
     if cells.empty:
         return []
     column, measure = cells[["column", "measure"]].iloc[0]
-    corpus = column.partition(":")[2]
-    name = f"{MEASURES[measure]} on {corpus}" if corpus else MEASURES[measure]
+    name = _measure_name(column, measure)
     unit = " %" if UNITS[measure] == "%" else ""
     dense = cells[cells["criterion"] == "dense"].to_dict("records")
     against = f" (dense {format_cell(dense[0])}{unit})" if dense else ""
@@ -593,6 +593,34 @@ def _level_sentences(model: str, cells: pd.DataFrame) -> list[str]:
     ]
 
 
+def _measure_name(column: str, measure: str) -> str:
+    if measure == "average":
+        return measure_label(column, measure).partition(", ")[0]
+    corpus = column.partition(":")[2]
+    return f"{MEASURES[measure]} on {corpus}" if corpus else MEASURES[measure]
+
+
+def carried_by_one_task(cells: pd.DataFrame, average: pd.DataFrame) -> list[str]:
+    """Return a sentence for each decided difference between averages of which a single task makes more than half.
+
+    `cells` is the long frame of `criterion_table`, `average` that of `paired_table`, the rows of the average of tasks.
+
+    One task in which all of a model's answers tip over together can carry an average of nine.
+    """
+    sentences, tasks = [], cells[cells["measure"] == "task"]
+    for row in average[(average["low"] > 0) | (average["high"] < 0)].to_dict("records"):
+        here = tasks[(tasks["model"] == row["model"]) & (tasks["ratio"] == row["ratio"])]
+        scores = here.pivot(index="column", columns="criterion", values="mean")
+        shares = (scores[row["a"]] - scores[row["b"]]) / len(scores)
+        task = (shares * np.sign(row["mean"])).idxmax()
+        if shares[task] / row["mean"] > 0.5:
+            sentences.append(
+                f"{row['model']} at {percent(row['ratio'])}: of the {row['mean']:+.1f} points between the averages of "
+                f"{label(row['a'])} and {label(row['b'])}, {task} alone makes {shares[task]:+.1f}."
+            )
+    return sentences
+
+
 def _pair_sentence(model: str, a: str, b: str, differences: pd.DataFrame) -> str:
     """Return one sentence on a pair of criteria: where which one is better, where the data leave it open."""
     verdicts = differences["verdict"].where(differences["verdict"].str.endswith(" better"), "undecided")
@@ -600,9 +628,8 @@ def _pair_sentence(model: str, a: str, b: str, differences: pd.DataFrame) -> str
     for verdict in sorted(verdicts.unique(), key=lambda text: text == "undecided"):
         rows = differences[verdicts == verdict]
         where = [
-            f"{MEASURES[measure]}{' on ' * bool(corpus)}{corpus} at {', '.join(map(percent, part['ratio']))}"
+            f"{_measure_name(column, measure)} at {', '.join(map(percent, part['ratio']))}"
             for (column, measure), part in rows.groupby(["column", "measure"], sort=False)
-            for corpus in [column.partition(":")[2]]
         ]
         parts.append(f"{verdict} in {'; '.join(where)}")
     return f"{model}, {label(a)} against {label(b)}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
