@@ -194,8 +194,8 @@ def refit(cards_files: list[Path]) -> dict:
     names = ", ".join(path.parent.name for path in cards_files)
     machines = sorted({f"{card['cpu_count']} cores" for cards, _ in studies for card in cards.values()})
     fitted["protocol"] = (
-        f"Measured: median seconds per unit of work over the cards of {names}, two notebooks at a time with one thread each, "
-        f"bfloat16, on {', '.join(machines)} with AVX-512; stages that these studies lack keep rates that were not measured."
+        f"Measured: median seconds per unit of work over the cards of {names}, notebooks and threads at a time as "
+        f"their study files say, on {', '.join(machines)}; stages that these studies lack keep rates that were not measured."
     )
     known = known | {"devices": known["devices"] | {"cpu": fitted}}
     (paths.data() / "rates.yaml").write_text(yaml.safe_dump(known, sort_keys=False, width=110), encoding="utf-8")
