@@ -205,7 +205,8 @@ def artifact(study, stage_name, key, make):
     """Put a synthetic artifact into a study as a finished one."""
     writer = artifacts.Writer(study / stage_name / key)
     make(writer.partial)
-    writer.finish({}, {}, {"versions": {}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None, "dirty": None}})
+    card = {"versions": {}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None, "dirty": None}, "facts": {}}
+    writer.finish({}, {}, card)
 
 
 def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypatch):

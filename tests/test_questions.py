@@ -220,7 +220,8 @@ def artifact(study, stage_name, key, make):
     """Put a synthetic artifact into a study as a finished one."""
     writer = artifacts.Writer(study / stage_name / key)
     make(writer.partial)
-    writer.finish({}, {}, {"versions": {"torch": "2"}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None}})
+    card = {"versions": {"torch": "2"}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None}, "facts": {}}
+    writer.finish({}, {}, card)
 
 
 def test_the_notebook_answers_every_question(tmp_path, monkeypatch):
