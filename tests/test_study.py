@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import toys
 
-from hfprune_nb import progress
+from hfprune_nb import paths, progress
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import kernel, stage, study
+from hfprune_nb.runs import kernel, publication, stage, study
 from hfprune_nb.runs.artifacts import Artifact, read_json
 
 
@@ -399,3 +399,10 @@ def test_several_cells_of_a_published_stage_keep_their_places_in_the_names(proje
     assert study.run(loaded, progress=False).ok
     assert [path.name for path in study.published(loaded, "tables", ".csv")] == ["table_other.csv", "table_tiny.csv"]
     assert [path.stem for path in study.published(loaded, "notebooks", ".html")] == ["07_cost"]
+
+
+def test_rendered_notebooks_tell_no_folder_of_this_machine():
+    page = f"<pre>{sys.prefix}/lib/library.py:3: Warning</pre> {paths.project()}/notebooks <a href='https://example.org'>"
+    shown = publication.without_folders(page)
+    assert shown.endswith("lib/library.py:3: Warning</pre> notebooks <a href='https://example.org'>")
+    assert sys.prefix not in shown and str(paths.project()) not in shown

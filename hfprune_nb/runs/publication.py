@@ -4,8 +4,10 @@ import contextlib
 import html
 import re
 import shutil
+import sys
 from pathlib import Path
 
+from hfprune_nb import paths
 from hfprune_nb.runs.artifacts import Artifact, read_json, write_json
 from hfprune_nb.runs.stage import STAGES
 
@@ -86,7 +88,14 @@ def _render(folder: Path, artifacts: dict[str, Artifact]) -> None:
     exporter = HTMLExporter(template_name="classic")
     for name, artifact in artifacts.items():
         page, _ = exporter.from_filename(str(artifact.path("notebook.ipynb")), {"metadata": {"name": name}})
-        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+        (folder / f"{name}.html").write_text(without_folders(page), encoding="utf-8")
+
+
+def without_folders(page: str) -> str:
+    """Return `page` with paths of this machine cut down to what lies inside the kit or its environment."""
+    for folder in (paths.project(), Path(sys.prefix)):
+        page = page.replace(f"{folder}/", "")
+    return page
 
 
 def _index(study) -> str:
