@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hfprune_nb import processes
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import models
 from hfprune_nb.method import contributions, scoring, shards, totals
@@ -322,9 +323,9 @@ def test_a_process_that_fails_is_told_in_one_sentence(reason, token_windows, tmp
     def run(command):
         if reason:
             (tmp_path / "error.1.txt").write_text(reason)
-        return 1, "Traceback\nSignal 9 (SIGKILL) received\n"
+        return 1, "Traceback\nSignal 9 (SIGKILL) received\n=====\n"
 
-    monkeypatch.setattr(shards, "_run", run)
+    monkeypatch.setattr(processes, "_run", run)
     words = "process 1 of 2 failed.*no memory left" if reason else "a process of 2 failed.*SIGKILL"
     with pytest.raises(UserError, match=words) as caught:
         shards.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, processes=2, device="cpu", progress=False)

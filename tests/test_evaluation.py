@@ -1,5 +1,6 @@
 """Fidelity against scipy, held-out text against plain cross-entropy, benchmark answers against lm-eval's own model."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 from scipy.stats import entropy
 
-from hfprune_nb import evaluation, fidelity, models, tasks
+from hfprune_nb import data_parallel, evaluation, fidelity, models, tasks
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs.benchmarks import BENCHMARKS
 from hfprune_nb.measure import harness as harness_module
@@ -398,6 +399,27 @@ def test_a_task_does_not_depend_on_its_company(tiny_alias, two_tasks):
     pd.testing.assert_frame_equal(together[together["task"] == "smoke_other"].reset_index(drop=True), alone)
 
 
+def test_two_processes_answer_as_one(tiny_alias, two_tasks, monkeypatch, tmp_path):
+    """The harness shares the items; the first process finds all of them, in their order."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    home = tmp_path / "home"
+    shutil.copytree(tasks.paths.data(), home / "data")
+    shutil.copy(PROJECT / "data" / "assets.yaml", home / "data")
+    monkeypatch.setenv("HFPRUNE_HOME", str(home))
+    arguments = {"source": "local", "limit": 7, "batch_size": 2}
+    one, *expected = evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments)
+    two, *facts = data_parallel.benchmark_items(*tiny_alias, two_tasks, **arguments, scratch=tmp_path, processes=2)
+    pd.testing.assert_frame_equal(two, one)
+    assert facts == expected
+    assert json.loads((tmp_path / "request.json").read_text())["model"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("processes", [0, 25])
+def test_more_processes_than_items_are_refused(tiny_alias, processes, tmp_path):
+    with pytest.raises(UserError, match=f"processes {processes} is outside 1 to 24, the number of items of smoke_choice"):
+        data_parallel.benchmark_items(*tiny_alias, ["smoke_choice"], "local", scratch=tmp_path, processes=processes)
+
+
 def test_the_model_writes_its_answers_in_a_generation_task(tiny_alias, monkeypatch):
     """A task like gsm8k: written answers, read in two ways."""
     model, tokenizer = tiny_alias
@@ -423,7 +445,7 @@ def test_the_model_writes_its_answers_in_a_generation_task(tiny_alias, monkeypat
     monkeypatch.setattr(evaluation, "load_tasks", lambda *_: {"writing": Writing(config=config)})
     items, protocol, _ = evaluation.benchmark_items(model, tokenizer, ["writing"])
     assert protocol["writing"]["metric"] == "exact_match,whole" and protocol["writing"]["items"] == 3
-    assert items["metric"].tolist() == ["exact_match,whole"] * 3 + ["exact_match,searched"] * 3
+    assert items["metric"].tolist() == ["exact_match,whole", "exact_match,searched"] * 3
     assert items[items["metric"] == "exact_match,whole"]["value"].tolist() == [1.0, 0.0, 1.0]
 
 

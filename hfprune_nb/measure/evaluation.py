@@ -113,9 +113,10 @@ def benchmark_items(
 
     names, source : tasks and where their records come from, as in `tasks.load_tasks`; limit : the first so many items of each
     task (0 = all); metric : which of a task's metrics its tables show, as in `tasks.shown_metric`; scratch : a folder in which
-    finished tasks are kept, so that a run with the same arguments that was killed goes on with the next task. Returns one row
-    per item and metric (task, doc_id, doc_hash, metric, value), the protocol of each task (metric, shots, version, number of
-    items in all, source), and a sentence for each skipped task. Raises UserError for an unknown task or metric.
+    finished tasks are kept, so that a run with the same arguments that was killed goes on with the next task. In a
+    `torch.distributed` process group each process answers every n-th item, and only the first gets and keeps them all. Returns
+    one row per item and metric (task, doc_id, doc_hash, metric, value), the protocol of each task (metric, shots, version,
+    number of items in all, source), and a sentence for each skipped task. Raises UserError for an unknown task or metric.
     """
     _check_positive(batch_size=batch_size)
     if limit < 0:
@@ -131,10 +132,12 @@ def benchmark_items(
             items = pd.read_parquet(kept)
         else:
             items = _task_items(language_model, name, task, limit)
-            if kept:
+            if kept and language_model.rank == 0:
                 partial = kept.with_suffix(".partial")
                 items.to_parquet(partial, index=False)
                 partial.replace(kept)
+        if language_model.rank > 0:
+            continue
         frames.append(items)
         facts = describe(task)
         del facts["metrics"]
@@ -155,7 +158,8 @@ def _task_items(language_model, name: str, task: Task, limit: int) -> pd.DataFra
         bootstrap_iters=0,
     )
     rows = []
-    for sample in results["samples"][name]:
+    # Only the first process of a group has results, those of one process after those of another.
+    for sample in sorted(results["samples"][name] if results else [], key=lambda sample: sample["doc_id"]):
         # A task that reads written answers in several ways has every item once per way.
         way = "" if sample["filter"] == "none" else f",{sample['filter']}"
         values = {metric: sample[metric] for metric in sample["metrics"] if np.isscalar(sample[metric])}

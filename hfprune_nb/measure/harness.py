@@ -4,9 +4,11 @@ import copy
 import math
 
 import torch
+import torch.distributed
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
+from hfprune_nb import processes
 from hfprune_nb.inputs.models import Head, head
 
 POSITIONS_AT_ONCE = 256
@@ -57,6 +59,7 @@ class SharedPrefixLM(HFLM):
     is its depth. A beginning that all requests of a task share is read once and kept as keys and values. Logits are taken in
     float32, and only where a continuation is predicted. Log-likelihoods equal HFLM's within float error. `batch_size` counts
     questions. Requests that do not fit `max_length`, or the sliding window of the model, go to HFLM, as does generation.
+    In a process group the harness shares the items among its processes.
     """
 
     def __init__(self, model, tokenizer, batch_size: int = 16, max_length: int = 2048, bos: bool = False):
@@ -64,12 +67,23 @@ class SharedPrefixLM(HFLM):
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, add_bos_token=bos,
             softmax_dtype="float32",
         )  # fmt: skip
+        self._rank, self._world_size = processes.place()
         self._head: Head = head(model)
         config = model.config.get_text_config()
         self._window = getattr(config, "sliding_window", None)
         self._longest = min(max_length, self._window or max_length)
         if config._attn_implementation not in ("sdpa", "eager"):
             self._longest = 0  # other kernels do not take a mask of our own
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensors (one number each) of all processes, on the CPU."""
+        gathered = [torch.zeros_like(tensor, device="cpu") for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, tensor.cpu())
+        return torch.stack(gathered)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        torch.distributed.barrier()
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):

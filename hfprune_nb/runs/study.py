@@ -6,6 +6,7 @@ was recomputed to the same bytes stops there (early cut-off).
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -351,11 +352,16 @@ def graph(study: Study) -> dict:
             # A request, not a forecast: engines stop what takes more.
             "minutes": 10 + math.ceil(3 * wanted[cell.reference].seconds / 60),
             "memory_mb": 1000 + math.ceil(1500 * wanted[cell.reference].memory),
-            "device": cell.parameters.get("device", "cpu"),
+            "gpus": _gpus_wanted(cell.parameters),
         }
         for cell in plan(study)
     ]
     return {"study": study.name, "folder": str(study.folder), "assets": study.assets, **study.run, "cells": cells}
+
+
+def _gpus_wanted(parameters: dict) -> int:
+    """Return how many GPUs a stage run with these parameters works on: one for each of its processes."""
+    return parameters.get("processes", 1) if forecast.device(parameters) == "gpu" else 0
 
 
 def verify(study: Study, repair: bool = True, workers: int | None = None, progress: bool = False) -> tuple[list, Summary | None]:
@@ -612,7 +618,7 @@ def _work(
         if stage.is_complete(artifact):
             state = "done"
         else:
-            with _gpu(gpus) as chosen:
+            with _gpus(gpus, _gpus_wanted(parameters)) as chosen:
                 stage.execute(folder.parent.name, folder.parents[1].name, parameters, environment | chosen, timeout_seconds)
     except Exception as failure:
         # Who lost the lock meanwhile, because the machine slept, leaves the cell to whoever has it now.
@@ -623,20 +629,30 @@ def _work(
 
 
 @contextlib.contextmanager
-def _gpu(number: int):
-    """Wait for one of this machine's first `number` visible GPUs and keep it; yields what shows it alone to a kernel."""
+def _gpus(number: int, wanted: int):
+    """Wait until `wanted` of this machine's first `number` visible GPUs are free and keep them; yields what shows a kernel these.
+
+    A stage run that needs none still takes one, so that no more run at a time than there are GPUs.
+    """
     if not number:
         yield {}
         return
+    if wanted > number:
+        raise UserError(f"processes {wanted} are more than the {number} GPUs of --gpus: lower processes or raise --gpus.")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:number] if visible else [str(slot) for slot in range(number)]
-    slots = [(name, Lock(Path(tempfile.gettempdir()) / "hfprune-gpus" / f".{name}.lock")) for name in names]
-    while not (free := next(((name, lock) for name, lock in slots if lock.take()), None)):
+    slots = {name: Lock(Path(tempfile.gettempdir()) / "hfprune-gpus" / f".{name}.lock") for name in names}
+    needed = max(1, wanted)
+    while len(taken := list(itertools.islice((name for name in slots if slots[name].take()), needed))) < needed:
+        # Whoever waits holds nothing: two that hold a part of what they need would wait for each other.
+        for name in taken:
+            slots[name].release()
         time.sleep(POLL_SECONDS)
     try:
-        yield {"CUDA_VISIBLE_DEVICES": free[0]}
+        yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
     finally:
-        free[1].release()
+        for name in taken:
+            slots[name].release()
 
 
 class _Journal:
