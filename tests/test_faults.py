@@ -1,74 +1,38 @@
 """Faults on toy studies: whatever is killed, damaged, full, hanging or run twice, a resumed study has the same bytes."""
 
-import json
+import contextlib
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import psutil
 import pytest
 import toys
+from faults import PACKAGE, Runner, kill_and_resume, same
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import locks, stage, study
-from hfprune_nb.runs.artifacts import Artifact, Writer
+from hfprune_nb.runs.artifacts import Writer
 from hfprune_nb.runs.locks import Lock
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL are POSIX features")
 
-COMMAND = [sys.executable, "-c", "import sys; from hfprune_nb.cli import main; sys.exit(main())"]
-PACKAGE = str(Path(__file__).resolve().parent.parent)
-LEFTOVER = re.compile(r"\.(partial|old|new|lock|scratch|progress\.json|running\.ipynb|failed\.ipynb)$")
 
-
-class Toy:
-    """A toy study in a project of its own, run by commands in processes of their own."""
-
-    def __init__(self, project, name="toy"):
-        self.project, self.name, self.folder = project, name, project / "results" / name
-        self.environment = os.environ | {"HFPRUNE_HOME": str(project), "PYTHONPATH": PACKAGE}
-        self.environment.pop("HFPRUNE_RESULTS", None)
-
-    def begin(self, *arguments):
-        command = [*COMMAND, "study", *(arguments or ("run",)), self.name]
-        return subprocess.Popen(
-            command, env=self.environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def run(self, *arguments):
-        process = self.begin(*arguments)
-        said, _ = process.communicate(timeout=120)
-        return process.returncode, said
-
-    def published(self):
-        files = [path for kind in ("tables", "figures") for path in (self.folder / kind).glob("*") if path.is_file()]
-        return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files}
-
-    def digests(self):
-        return {artifact.reference: artifact.digest for artifact in map(Artifact, self.sealed())}
-
-    def sealed(self):
-        return {done.parent: done.stat().st_mtime_ns for done in self.folder.glob("*/*/DONE")}
-
-    def events(self, kind):
-        lines = [line for path in self.folder.glob("log/*.jsonl") for line in path.read_text().splitlines()]
-        return Counter(event.get("cell") for event in map(json.loads, lines) if event["event"] == kind)
-
-    def leftovers(self):
-        return [path.name for path in self.folder.rglob("*") if LEFTOVER.search(path.name)]
+def toy_runner(project, name="toy"):
+    """A toy study in a project of its own."""
+    return Runner(project / "results" / name, HFPRUNE_HOME=str(project))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The study `toy`, run once without any fault; read-only."""
-    toy = Toy(toys.write_project(tmp_path_factory.mktemp("undisturbed")))
+    toy = toy_runner(toys.write_project(tmp_path_factory.mktemp("undisturbed")))
     status, said = toy.run()
     assert status == 0 and "12 computed" in said, said
     return toy
@@ -77,47 +41,16 @@ def undisturbed(tmp_path_factory):
 @pytest.fixture
 def damaged(undisturbed, tmp_path):
     """A copy of the finished study that a test may damage."""
-    shutil.copytree(undisturbed.project, tmp_path / "copy", copy_function=shutil.copy2)
-    return Toy(tmp_path / "copy")
-
-
-def same(toy, undisturbed):
-    assert toy.published() == undisturbed.published() != {}
-    assert toy.digests() == undisturbed.digests()
-    assert toy.leftovers() == []
-
-
-def kill_and_resume(project, undisturbed, moments, seed):
-    """Kill the runner's process group again and again, begin anew whenever the study got finished, resume at last."""
-    chance, toy, survived = random.Random(seed), Toy(toys.write_project(project)), 0
-    while survived < moments:
-        process = toy.begin()
-        time.sleep(chance.uniform(0.5, 4.0))
-        if process.poll() is None:
-            survived += 1
-        elif process.returncode == 0:
-            same(toy, undisturbed)
-            shutil.rmtree(toy.folder)
-        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-        said, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said
-    status, said = toy.run()
-    assert status == 0, said
-    same(toy, undisturbed)
+    shutil.copytree(undisturbed.environment["HFPRUNE_HOME"], tmp_path / "copy", copy_function=shutil.copy2)
+    return toy_runner(tmp_path / "copy")
 
 
 def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(undisturbed, tmp_path):
-    kill_and_resume(tmp_path, undisturbed, moments=4, seed=1)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_killed_at_twenty_moments_and_resumed_gives_the_same_bytes(undisturbed, tmp_path):
-    kill_and_resume(tmp_path, undisturbed, moments=20, seed=2)
+    kill_and_resume(toy_runner(toys.write_project(tmp_path)), undisturbed, moments=4, longest=4, seed=1)
 
 
 def run_together(project, undisturbed, runners):
-    toy = Toy(toys.write_project(project))
+    toy = toy_runner(toys.write_project(project))
     processes = [toy.begin("run", "--workers", "1") for _ in range(runners)]
     said = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * runners, said
@@ -138,7 +71,7 @@ def test_four_runners_share_a_folder_and_compute_every_cell_once(undisturbed, tm
 
 
 def test_a_worker_that_is_killed_costs_no_cell(undisturbed, tmp_path):
-    toy = Toy(toys.write_project(tmp_path), "small")
+    toy = toy_runner(toys.write_project(tmp_path), "small")
     toys.write_study(tmp_path, "small", seeds=[0], criteria=["entropy"])
     process = toy.begin()
     workers = []
@@ -238,7 +171,7 @@ def test_scratch_outlives_a_killed_kernel_and_goes_with_the_run(tmp_path, calibr
 
 
 def test_a_hanging_cell_is_stopped_and_the_others_go_on(tmp_path, monkeypatch):
-    toy = Toy(toys.write_project(tmp_path))
+    toy = toy_runner(toys.write_project(tmp_path))
     hang = "import time\nif seed == 1:\n    time.sleep(600)"
     toys.write_stage(tmp_path, "calibration", "01_calibration.ipynb", toys.CALIBRATION, before=hang)
     toys.write_study(tmp_path, criteria=["entropy"], run={"workers": 2, "offline": True, "timeout_minutes": 0.1})
@@ -265,7 +198,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_told_and_a_larger_one_resumes(undisturbed, small_disk, tmp_path):
-    toy = Toy(toys.write_project(tmp_path / "project"))
+    toy = toy_runner(toys.write_project(tmp_path / "project"))
     toy.environment["HFPRUNE_RESULTS"] = str(small_disk)
     toy.folder = small_disk / "toy"
     filler = small_disk / "filler"
@@ -287,7 +220,8 @@ CHILD = "import sys, time; from pathlib import Path; from hfprune_nb.runs.locks 
 
 def child(path, code):
     command = [sys.executable, "-c", CHILD + code, str(path)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": PACKAGE}, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": PACKAGE}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "True\n"
     return process
 
@@ -317,6 +251,25 @@ def test_a_lock_without_heartbeat_is_taken_over_after_a_while(tmp_path, monkeypa
     time.sleep(1.1)
     assert lock.take() and lock.held
     lock.release()
+
+
+def test_a_cell_waits_until_all_its_gpus_are_free_and_holds_none_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    owner = child(tmp_path / "hfprune-gpus" / ".1.lock", "print(lock.take(), flush=True); sys.stdin.read(); lock.release()")
+    with study._gpus(3, 2) as chosen:
+        assert chosen == {"CUDA_VISIBLE_DEVICES": "0,2"}
+    first = tmp_path / "hfprune-gpus" / ".0.lock"
+    waits = threading.Thread(target=lambda: stack.enter_context(study._gpus(2, 2)))
+    with contextlib.ExitStack() as stack:
+        waits.start()
+        assert any(time.sleep(0.05) or (waits.is_alive() and not first.exists()) for _ in range(100))
+        owner.stdin.close()
+        waits.join(timeout=30)
+        assert not waits.is_alive() and first.exists()
+    owner.wait()
+    with pytest.raises(UserError, match="processes 4 are more than the 3 GPUs of --gpus"), study._gpus(3, 4):
+        pass
 
 
 def test_who_lost_the_lock_seals_nothing(calibration, caplog):

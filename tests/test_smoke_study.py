@@ -1,91 +1,71 @@
 """The smoke study end to end: the real notebooks through papermill on a tiny random model, offline, in a folder of its own."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from faults import COMMAND, Runner, kill_and_resume
 from safetensors.numpy import load_file
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import stage
-from hfprune_nb.runs.artifacts import Artifact, finished, open_artifact
+from hfprune_nb.runs.artifacts import finished, open_artifact
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole study, on a busy machine for a while
 
 PROJECT = Path(__file__).resolve().parent.parent
 STUDY = PROJECT / "notebooks" / "studies" / "smoke.yaml"
 SETTINGS = yaml.safe_load(STUDY.read_text(encoding="utf-8"))
-COMMAND = [sys.executable, "-c", "import sys; from hfprune_nb.cli import main; sys.exit(main())"]
 
 
-@dataclass
-class Smoke:
-    """The finished study: its folder, the environment it ran in, and what the command answered."""
+class Smoke(Runner):
+    """The finished study; `answer` is what the command said."""
 
-    folder: Path
-    environment: dict
-    answer: subprocess.CompletedProcess
-
-    def hfprune(self, *arguments):
-        return subprocess.run(
-            [*COMMAND, *arguments], env=self.environment, cwd=self.folder.parent, capture_output=True, text=True
-        )
+    answer = ""
 
     def artifacts(self, stage):
         return finished(self.folder, stage)
 
-    def made(self):
-        """When each artifact was sealed."""
-        return {Artifact(file.parent).reference: file.stat().st_mtime_ns for file in self.folder.glob("*/*/DONE")}
 
-    def published(self):
-        """The bytes of every published table and figure."""
-        files = [path for kind in ("tables", "figures") for path in (self.folder / kind).glob("*") if path.is_file()]
-        return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files}
+def smoke_runner(root):
+    """The study in empty results and an empty cache: nothing it needs is fetched or made before."""
+    (root / "results").mkdir()
+    folders = {"HFPRUNE_HOME": PROJECT, "HFPRUNE_CACHE": root / "cache", "HF_HOME": root / "hub"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return Smoke(root / "results" / "smoke", **{name: str(folder) for name, folder in folders.items()}, **offline)
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Run the study once, with empty results and an empty cache: nothing it needs is fetched or made before."""
-    root = tmp_path_factory.mktemp("smoke")
-    environment = os.environ | {
-        "HFPRUNE_HOME": str(PROJECT),
-        "HFPRUNE_RESULTS": str(root / "results"),
-        "HFPRUNE_CACHE": str(root / "cache"),
-        "HF_HOME": str(root / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    (root / "results").mkdir()
-    study = Smoke(root / "results" / "smoke", environment, None)
-    study.answer = study.hfprune("study", "run", "smoke")
-    assert study.answer.returncode == 0, study.answer.stdout + study.answer.stderr
+    """Run the study once."""
+    study = smoke_runner(tmp_path_factory.mktemp("smoke"))
+    status, study.answer = study.run()
+    assert status == 0, study.answer
     return study
 
 
 def test_every_cell_of_the_grid_is_computed(smoke):
-    assert "26 cells" in smoke.answer.stdout and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer.stdout
+    assert "26 cells" in smoke.answer and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer
     # Two seeds, five criteria, one ratio; magnitude reads weights only and has one seed.
     expected = {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1, "experiments": 1, "questions": 1}
     assert {stage: len(smoke.artifacts(stage)) for stage in expected} == expected
 
 
 def test_nothing_unfinished_is_left(smoke):
-    left = [
-        path.name for path in smoke.folder.rglob("*") if re.search(r"\.(partial|old|running\.ipynb|failed\.ipynb)$", path.name)
-    ]
-    assert left == []
+    assert smoke.leftovers() == []
+
+
+@pytest.mark.parametrize("moments", [3, pytest.param(20, marks=[pytest.mark.long, pytest.mark.timeout(1800)])])
+def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(smoke, tmp_path, moments):
+    kill_and_resume(smoke_runner(tmp_path), smoke, moments, longest=20, seed=moments)
 
 
 def test_every_artifact_keeps_its_executed_notebook_and_card(smoke):
@@ -157,9 +137,9 @@ def test_the_pruned_models_have_the_requested_size(smoke):
 def test_a_finished_study_does_nothing_and_says_so(smoke):
     before = {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")}
     began = time.monotonic()
-    answer = smoke.hfprune("study", "run", "smoke")
+    status, said = smoke.run()
     assert time.monotonic() - began < 5
-    assert answer.returncode == 0 and "26 cells, nothing to do" in answer.stdout
+    assert status == 0 and "26 cells, nothing to do" in said
     assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")} == before
 
 
@@ -170,13 +150,12 @@ def test_a_deleted_artifact_is_the_only_one_made_again(smoke):
         for artifact in smoke.artifacts("evaluation")
         if json.loads(artifact.path("summary.json").read_text(encoding="utf-8"))["criterion"] == "entropy"
     )
-    sealed, published, digest = smoke.made(), smoke.published(), chosen.digest
+    sealed, published, digest = smoke.sealed(), smoke.published(), chosen.digest
     shutil.rmtree(chosen.folder)
-    answer = smoke.hfprune("study", "run", "smoke")
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "1 computed, 25 done, 0 failed" in answer.stdout
-    again = smoke.made()
-    assert [reference for reference in sealed if again[reference] != sealed[reference]] == [chosen.reference]
+    status, said = smoke.run()
+    assert status == 0 and "1 computed, 25 done, 0 failed" in said, said
+    again = smoke.sealed()
+    assert [folder for folder in sealed if again[folder] != sealed[folder]] == [chosen.folder]
     assert chosen.digest == digest
     assert smoke.published() == published
 
@@ -209,7 +188,8 @@ def test_a_stage_runs_alone_through_papermill(smoke, tmp_path):
 def test_a_misspelt_key_ends_with_one_line(smoke, tmp_path, line, nearest):
     kept = [text for text in STUDY.read_text(encoding="utf-8").splitlines() if text.split(":")[0] != line.split(":")[0]]
     (tmp_path / "typo.yaml").write_text("\n".join([*kept, line]), encoding="utf-8")
-    answer = smoke.hfprune("study", "run", str(tmp_path / "typo.yaml"))
+    command = [*COMMAND, "study", "run", str(tmp_path / "typo.yaml")]
+    answer = subprocess.run(command, env=smoke.environment, capture_output=True, text=True)
     assert answer.returncode == 2 and answer.stdout == ""
     assert answer.stderr.count("\n") == 1 and f"did you mean '{nearest}'" in answer.stderr
     assert not (smoke.folder.parent / "typo").exists()
@@ -240,10 +220,10 @@ def in_study(smoke, monkeypatch):
 def test_an_artifact_of_another_model_is_refused(smoke, in_study, stage_name, inputs):
     """Its token ids or neurons mean something else there, even where every shape fits."""
     references = {name: smoke.artifacts(source)[0].reference for name, source in inputs.items()}
-    before = smoke.made()
+    before = smoke.sealed()
     with pytest.raises(UserError, match="tiny-random-llama") as caught:
         in_study(stage_name, model="another/model", **references)
-    assert "\n" not in str(caught.value) and smoke.made() == before
+    assert "\n" not in str(caught.value) and smoke.sealed() == before
 
 
 def test_a_reference_on_other_text_is_refused(smoke, in_study):
