@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfprune_nb.runs import forecast, study
+
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
@@ -18,6 +20,37 @@ def test_tables_are_those_of_the_committed_results():
         assert shown.strip().splitlines() == [line for line in committed if line.startswith("|")], file
 
 
+def forecast_row(name, loaded):
+    """A row of the README's forecast for studies that are run together."""
+    tables = [study.forecast_table(each) for each in loaded]
+    stages = [
+        forecast.in_words(sum(table.loc[stage, "hours"] for table in tables)) for stage in ("scoring", "evaluation", "recovery")
+    ]
+    needs = {f"{each.name}/{cell}": need for each in loaded for cell, need in study.needs(each).items()}
+    depends_on = {
+        f"{each.name}/{cell.reference}": [f"{each.name}/{other}" for other in cell.depends_on]
+        for each in loaded
+        for cell in study.plan(each)
+    }
+    wholes = [forecast.in_words(forecast.total(needs, depends_on, workers)) for workers in (1, 8, 64)]
+    memory = max(table["memory"].max() for table in tables)
+    return f"| {' | '.join([name, *stages, *wholes, f'{memory:.0f} GB'])} |"
+
+
+def test_the_forecast_of_the_papers_studies_is_what_the_plan_says():
+    block = README.split("| study | scoring |")[1].split("\n\n")[0]
+    *shown, together = [line for line in block.splitlines() if line.startswith("| ")]
+    loaded = [study.load(line.split()[1]) for line in shown]
+    assert len(loaded) == 6 and all(each.sections["evaluation"]["device"] == "cuda" for each in loaded)
+    assert shown == [forecast_row(each.name, [each]) for each in loaded]
+    assert together == forecast_row("all six", loaded)
+
+
+def test_no_stage_of_a_study_is_longer_than_it_may_be():
+    for file in (PROJECT / "notebooks" / "studies").glob("*.yaml"):
+        assert not study.overdue(study.load(file)), file.stem
+
+
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (PROJECT / target).exists(), target
@@ -25,8 +58,8 @@ def test_links_and_pictures_exist():
 
 def test_studies_and_notebooks_that_are_named_exist():
     named = set(re.findall(r"`([\w.-]+)`", README))
-    for study in (PROJECT / "notebooks" / "studies").glob("*.yaml"):
-        assert study.stem in named, study.stem
+    for file in (PROJECT / "notebooks" / "studies").glob("*.yaml"):
+        assert file.stem in named, file.stem
     for notebook in (PROJECT / "notebooks").glob("*.ipynb"):
         assert notebook.stem in named, notebook.stem
 

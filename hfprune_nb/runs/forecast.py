@@ -180,7 +180,7 @@ def in_words(hours: float) -> str:
     """Return a duration that a person reads at a glance: minutes below two hours, hours below two days, else days."""
     if hours < 2:
         return f"{60 * hours:.0f} min"
-    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.1f} days"
+    return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.{int(hours < 240)}f} days"
 
 
 def refit(cards_files: list[Path]) -> dict:
