@@ -105,6 +105,27 @@ def test_verdicts_follow_the_interval_and_the_direction(paired):
             assert row["verdict"].startswith(tables.label(better))
 
 
+def test_the_overview_marks_what_is_decided_against_entropy_and_nothing_else(criterion, paired):
+    overview = tables.overview_table(criterion, paired)
+    assert set(overview.long["column"]) == {"average", "perplexity:c4", "js:c4"}
+    rows = paired.long[paired.long["column"].isin(overview.long["column"]) & (paired.long["a"] == "entropy")]
+    decided = {(row["ratio"], row["column"]): row["verdict"] for row in rows[rows["b"] == "one_hot_ce"].to_dict("records")}
+    expected = {"One-hot CE better": "better", f"{tables.label('entropy')} better": "worse"}
+    cells = overview.long[overview.long["criterion"] == "one_hot_ce"].to_dict("records")
+    assert {(cell["ratio"], cell["column"]): cell["against_entropy"] for cell in cells} == {
+        place: expected.get(verdict, "") for place, verdict in decided.items()
+    }
+    assert set(overview.long.loc[~overview.long["criterion"].isin(measurements.CRITERIA), "against_entropy"]) == {""}
+    undecided = paired.long.assign(verdict="interval crosses zero")
+    plain = tables.overview_table(criterion, tables.Table("paired", "", undecided, paired.display, ()))
+    lost = paired.long.assign(verdict=f"{tables.label('entropy')} better")
+    marked = tables.overview_table(criterion, tables.Table("paired", "", lost, paired.display, ()))
+    row = marked.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
+    assert row["perplexity c4"].endswith("] ▼") and row.str.count("▼").sum() == 3
+    without = plain.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
+    assert row["perplexity c4"] == f"{without['perplexity c4']} ▼"
+
+
 def test_difference_of_log_perplexity_is_that_of_the_cells(criterion, paired):
     pair = "column == 'perplexity:c4' and a == 'entropy' and b == 'one_hot_ce' and ratio == 0.2"
     row = paired.long.query(pair).iloc[0]

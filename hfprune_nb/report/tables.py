@@ -2,6 +2,7 @@
 
 import html
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,6 +70,7 @@ PAIRED_DISPLAY = [
 ]
 ABSENT = "–"
 INCONSISTENT = "†"
+MARKS = {"better": "▲", "worse": "▼", "": ""}
 DEFINITIONS = (
     "Compared with the dense model at the same positions of held-out text: JS distance is the square root of the "
     "Jensen-Shannon divergence in base 2 (0 to 1; the paper gives neither root nor base), KL is KL(dense || pruned) in "
@@ -170,7 +172,7 @@ def criterion_table(results: Results, n_resamples: int = statistics.N_RESAMPLES,
     if not rows:
         raise UserError("the evaluations hold no task, perplexity or fidelity: rerun stage 05 with one of them")
     long = pd.DataFrame(rows)
-    display = _display(long).drop(columns=["Model"] if len(results.model_names) == 1 else [])
+    display = _display(long, format_cell).drop(columns=["Model"] if len(results.model_names) == 1 else [])
     title = "Dense and pruned models by criterion and ratio of all parameters removed (measured)"
     return Table("criterion", title, long, display, (INTERVALS, *_cell_notes(long), protocol_note(results)))
 
@@ -188,11 +190,11 @@ def _cell(frame: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> sta
     return statistics.Interval(*map(float, bounds), interval.n_seeds, interval.n_items, interval.note)
 
 
-def _display(long: pd.DataFrame) -> pd.DataFrame:
+def _display(long: pd.DataFrame, text: Callable[[dict], str]) -> pd.DataFrame:
     rows = []
     for (model, ratio, criterion), cells in long.groupby(["model", "ratio", "criterion"], sort=False):
         row = {"Model": model, "Ratio": percent(ratio), "Criterion": label(criterion), "Seeds": _seed_count(cells)}
-        rows.append(row | {c["label"]: format_cell(c) for c in cells.to_dict("records")})
+        rows.append(row | {c["label"]: text(c) for c in cells.to_dict("records")})
     return pd.DataFrame(rows).fillna(ABSENT)
 
 
@@ -388,6 +390,38 @@ def paired_table(
     display = _paired_display(long, len(results.model_names) > 1)
     title = "Paired differences between criteria (measured)"
     return Table("paired", title, long, display, (*notes, *_family_notes(long), protocol_note(results)))
+
+
+def overview_table(criterion: Table, paired: Table) -> Table:
+    """Return the study at a glance: average of tasks, perplexity and JS distance on the first corpus, marked against entropy.
+
+    `criterion` and `paired` are the results of `criterion_table` and `paired_table`. `long` has their cells and the column
+    `against_entropy`: better, worse, or nothing where the paired difference is not decided after Holm's correction.
+    """
+    shown = criterion.long[criterion.long["measure"].isin(("average", "perplexity", "js"))]
+    firsts = shown.drop_duplicates(["model", "measure"])[["model", "column"]]
+    long = shown.merge(firsts, on=["model", "column"])
+    verdicts = {
+        (row["model"], row["ratio"], row["column"], frozenset([row["a"], row["b"]])): row["verdict"]
+        for row in paired.long.to_dict("records")
+    }
+    long["against_entropy"] = [_against_entropy(cell, verdicts) for cell in long.to_dict("records")]
+    display = _display(long, lambda cell: f"{format_cell(cell)} {MARKS[cell['against_entropy']]}".rstrip())
+    display = display.drop(columns=["Model"] if long["model"].nunique() == 1 else [])
+    note = (
+        f"{MARKS['better']} better, {MARKS['worse']} worse than {label('entropy')} on the same items and seeds, after Holm's "
+        "correction (paired table). One-hot CE and self-distillation without a mark: this study cannot tell them from entropy. "
+        "Magnitude and random are controls without a test."
+    )
+    return Table("overview", "The study at a glance (measured)", long, display, (note, *criterion.notes))
+
+
+def _against_entropy(cell: dict, verdicts: dict) -> str:
+    pair = frozenset([cell["criterion"], "entropy"])
+    verdict = verdicts.get((cell["model"], cell["ratio"], cell["column"], pair), "")
+    if not verdict.endswith(" better"):
+        return ""
+    return "better" if verdict.startswith(label(cell["criterion"])) else "worse"
 
 
 def with_detectable(table: Table, paired: Table) -> Table:
