@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import pytest
 import toys
 
@@ -399,6 +400,26 @@ def test_several_cells_of_a_published_stage_keep_their_places_in_the_names(proje
     assert study.run(loaded, progress=False).ok
     assert [path.name for path in study.published(loaded, "tables", ".csv")] == ["table_other.csv", "table_tiny.csv"]
     assert [path.stem for path in study.published(loaded, "notebooks", ".html")] == ["07_cost"]
+
+
+def test_rendered_notebooks_show_results_and_warnings_but_no_progress_bars(tmp_path):
+    code = """
+import sys, tqdm
+print("before")
+for _ in tqdm.tqdm(range(3), desc="scoring", ascii=True): pass
+for _ in tqdm.tqdm(iter(range(3)), desc="reading"): pass
+print("library.py:3: FutureWarning: 20 % [or so]", file=sys.stderr)
+print("after")
+"""
+    executed = tmp_path / "executed.ipynb"
+    kernel.run(toys.write_notebook(tmp_path / "bars.ipynb", "n: int = 1", code, "pass"), executed, {})
+    notebook = nbformat.read(executed, as_version=4)
+    said = "".join(output.text for output in notebook.cells[-2].outputs)
+    assert "scoring: 100%" in said and "reading: 3it" in said
+    shown = publication.without_progress(notebook)
+    written = {name: "".join(o.text for o in shown.cells[-2].outputs if o.name == name) for name in ("stdout", "stderr")}
+    assert written == {"stdout": "before\nafter\n", "stderr": "library.py:3: FutureWarning: 20 % [or so]\n"}
+    assert shown.cells[-1].outputs == []
 
 
 def test_rendered_notebooks_tell_no_folder_of_this_machine():

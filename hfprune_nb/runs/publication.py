@@ -13,6 +13,8 @@ from hfprune_nb.runs.stage import STAGES
 
 # Stages whose tables and figures are published.
 SHOWN = ("recovery", "cost", "figures", "questions")
+# A line of a tqdm bar, as `held-out text:  41%|####      | 840/2048 [00:01<00:01, 812tok/s]`.
+PROGRESS = re.compile(r"\d+%\|.*\|.*\[.*\]|: \d+\S* \[\d\d:\d\d")
 
 
 def files(folder: Path, kind: str, suffix: str) -> list[Path]:
@@ -81,14 +83,31 @@ def _representatives(study, cells) -> dict:
 
 
 def _render(folder: Path, artifacts: dict[str, Artifact]) -> None:
+    import nbformat
     from nbconvert import HTMLExporter
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     exporter = HTMLExporter(template_name="classic")
     for name, artifact in artifacts.items():
-        page, _ = exporter.from_filename(str(artifact.path("notebook.ipynb")), {"metadata": {"name": name}})
+        notebook = without_progress(nbformat.read(artifact.path("notebook.ipynb"), as_version=4))
+        page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": name}})
         (folder / f"{name}.html").write_text(without_folders(page), encoding="utf-8")
+
+
+def without_progress(notebook):
+    """Return `notebook` without the progress bars in what its cells wrote; other words, warnings too, stay."""
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
+
+    notebook, _ = CoalesceStreamsPreprocessor(enabled=True)(notebook, {})
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream" and output.name == "stderr":
+                lines = output.text.splitlines(keepends=True)
+                output.text = "".join(line for line in lines if line.strip() and not PROGRESS.search(line))
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.text]
+    return notebook
 
 
 def without_folders(page: str) -> str:
