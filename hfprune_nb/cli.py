@@ -109,9 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--results", metavar="DIR", help="results folder of all studies (default: results)")
     cell.add_argument("cell", metavar="CELL", help="stage/key")
     for command in (run, cell):
-        command.add_argument(
-            "--gpus", type=_positive, default=0, metavar="N", help="give each notebook one of this machine's N GPUs for itself"
-        )
+        words = "give each notebook, of this machine's N GPUs, one for each of its processes"
+        command.add_argument("--gpus", type=_positive, default=0, metavar="N", help=words)
     for command in (run, verify):
         command.add_argument("--workers", type=_positive, metavar="N", help="notebooks at a time (default: as the file says)")
     verify.add_argument("--dry-run", action="store_true", help="only list what is damaged")

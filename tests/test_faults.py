@@ -257,10 +257,10 @@ def test_a_cell_waits_until_all_its_gpus_are_free_and_holds_none_meanwhile(tmp_p
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     owner = child(tmp_path / "hfprune-gpus" / ".1.lock", "print(lock.take(), flush=True); sys.stdin.read(); lock.release()")
-    with study._gpus(3, 2) as chosen:
+    with study._gpus(3, {"device": "cuda", "processes": 2}) as chosen:
         assert chosen == {"CUDA_VISIBLE_DEVICES": "0,2"}
     first = tmp_path / "hfprune-gpus" / ".0.lock"
-    waits = threading.Thread(target=lambda: stack.enter_context(study._gpus(2, 2)))
+    waits = threading.Thread(target=lambda: stack.enter_context(study._gpus(2, {"device": "balanced"})))
     with contextlib.ExitStack() as stack:
         waits.start()
         assert any(time.sleep(0.05) or (waits.is_alive() and not first.exists()) for _ in range(100))
@@ -268,7 +268,10 @@ def test_a_cell_waits_until_all_its_gpus_are_free_and_holds_none_meanwhile(tmp_p
         waits.join(timeout=30)
         assert not waits.is_alive() and first.exists()
     owner.wait()
-    with pytest.raises(UserError, match="processes 4 are more than the 3 GPUs of --gpus"), study._gpus(3, 4):
+    with study._gpus(3, {"device": "cpu", "processes": 2}) as chosen:
+        assert chosen == {"CUDA_VISIBLE_DEVICES": "0"}
+    too_many = {"device": "cuda", "processes": 4}
+    with pytest.raises(UserError, match="processes 4 are more than the 3 GPUs of --gpus"), study._gpus(3, too_many):
         pass
 
 

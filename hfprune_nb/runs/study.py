@@ -284,7 +284,7 @@ def _add_grid(study: Study, add) -> None:
 def run(study: Study, workers: int | None = None, progress: bool = True, gpus: int = 0) -> Summary:
     """Compute what is missing or stale, `workers` notebooks at a time, publish the results, and return what happened.
 
-    With `gpus` as many notebooks run at a time, if `workers` does not say otherwise, each on a GPU of its own.
+    With `gpus` as many notebooks run at a time, if `workers` does not say otherwise, each on GPUs of its own.
 
     A cell that fails leaves its notebook; cells that depend on it are skipped and the others go on. An interrupt stops
     the kernels before it is passed on.
@@ -360,7 +360,7 @@ def graph(study: Study) -> dict:
 
 
 def _gpus_wanted(parameters: dict) -> int:
-    """Return how many GPUs a stage run with these parameters works on: one for each of its processes."""
+    """Return how many GPUs a stage run with these parameters needs: one for each of its processes."""
     return parameters.get("processes", 1) if forecast.device(parameters) == "gpu" else 0
 
 
@@ -618,7 +618,7 @@ def _work(
         if stage.is_complete(artifact):
             state = "done"
         else:
-            with _gpus(gpus, _gpus_wanted(parameters)) as chosen:
+            with _gpus(gpus, parameters) as chosen:
                 stage.execute(folder.parent.name, folder.parents[1].name, parameters, environment | chosen, timeout_seconds)
     except Exception as failure:
         # Who lost the lock meanwhile, because the machine slept, leaves the cell to whoever has it now.
@@ -629,20 +629,21 @@ def _work(
 
 
 @contextlib.contextmanager
-def _gpus(number: int, wanted: int):
-    """Wait until `wanted` of this machine's first `number` visible GPUs are free and keep them; yields what shows a kernel these.
+def _gpus(number: int, parameters: dict):
+    """Wait until as many of this machine's first `number` visible GPUs are free as a stage run with these parameters needs.
 
-    A stage run that needs none still takes one, so that no more run at a time than there are GPUs.
+    Keeps them and yields what shows them alone to a kernel. A balanced model gets all; a run that needs none still takes one,
+    so that no more run at a time than there are GPUs.
     """
     if not number:
         yield {}
         return
-    if wanted > number:
-        raise UserError(f"processes {wanted} are more than the {number} GPUs of --gpus: lower processes or raise --gpus.")
+    needed = number if parameters.get("device") == "balanced" else max(1, _gpus_wanted(parameters))
+    if needed > number:
+        raise UserError(f"processes {needed} are more than the {number} GPUs of --gpus: lower processes or raise --gpus.")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:number] if visible else [str(slot) for slot in range(number)]
     slots = {name: Lock(Path(tempfile.gettempdir()) / "hfprune-gpus" / f".{name}.lock") for name in names}
-    needed = max(1, wanted)
     while len(taken := list(itertools.islice((name for name in slots if slots[name].take()), needed))) < needed:
         # Whoever waits holds nothing: two that hold a part of what they need would wait for each other.
         for name in taken:
