@@ -37,7 +37,7 @@ chown -R munge: "$folder/munge"
 chmod 755 "$folder" "$folder/munge"
 chmod 400 "$folder/munge/key"
 runuser -u munge -- munged --foreground --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
-    --pid-file="$folder/munge/pid" --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" &
+    --pid-file="$folder/munge/pid" --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" > /dev/null 2>&1 &
 started+=($!)
 
 host=$(hostname -s)
@@ -77,6 +77,6 @@ sinfo | grep idle || { cat "$folder/slurmctld.log" "$folder/slurmd.log" >&2; exi
 cd "$folder/work"
 # Without a database daemon only squeue tells how jobs are, and there are no accounts.
 "$snakemake" --snakefile "$project/workflow/Snakefile" --profile "$project/workflow/profiles/slurm" \
-    --config study="$study" hfprune="$hfprune" --jobs 2 --default-resources mem_mb=2000 runtime=10 --latency-wait 10 \
-    --slurm-status-command squeue --slurm-no-account --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 5 \
+    --config study="$study" hfprune="$hfprune" --jobs 8 --latency-wait 10 \
+    --slurm-status-command squeue --slurm-no-account --slurm-init-seconds-before-status-checks 2 --seconds-between-status-checks 2 \
     || { find . -path '*slurm_logs*' -name '*.log' -exec tail -n 30 {} + >&2; tail -n 30 "$folder"/slurm*.log >&2; exit 1; }
