@@ -117,6 +117,112 @@ def test_the_batch_of_a_gpu_is_what_the_first_window_shows_to_fit(free, expected
     assert scoring_pass._fitting_size({0: 100}) == expected
 
 
+# The teacher of self-distillation
+
+
+def computed_batches(monkeypatch):
+    """Return a list that fills with the windows whose teacher, given to `Contributions` as None, had to be computed."""
+    computed, original = [], contributions.Contributions.__call__
+
+    def call(self, windows, teacher_hidden=None):
+        if self.student is not None and teacher_hidden is None:
+            computed.append(len(windows))
+        return original(self, windows, teacher_hidden)
+
+    monkeypatch.setattr(contributions.Contributions, "__call__", call)
+    return computed
+
+
+def bytes_of(scores, folder):
+    scores.save(folder / "scores.safetensors")
+    scores.save_snapshots(folder / "snapshots.safetensors")
+    return [(folder / f"{name}.safetensors").read_bytes() for name in ("scores", "snapshots")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"aggregation": "weight"}], ids=str)
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", "bfloat16"), ("phi3", "float32"), ("gemma", "bfloat16")])
+def test_a_teacher_that_was_kept_is_the_one_that_would_be_computed(
+    architecture, dtype, settings, tiny, token_windows, tmp_path, monkeypatch
+):
+    model, settings = tiny(architecture, dtype=dtype), {"batch_size": 4, "progress": False} | settings
+    computed = computed_batches(monkeypatch)
+    kept = scoring.score(model, token_windows, THREE, **settings)
+    assert computed == []
+    monkeypatch.setattr(scoring, "TEACHER_BYTES", 0)
+    again = scoring.score(model, token_windows, THREE, **settings)
+    assert sum(computed) == 9
+    assert bytes_of(again, tmp_path) == bytes_of(kept, tmp_path)
+    assert (again.tokens, again.mean_value) == (kept.tokens, kept.mean_value)
+
+
+def test_no_more_of_the_teacher_is_kept_than_the_limit(tiny, token_windows, tmp_path, monkeypatch):
+    """A batch of two windows takes 2 * 12 * 16 float32 numbers: two of them fit, the third and fourth do not, the last does."""
+    settings = {"batch_size": 2, "progress": False}
+    whole = scoring.score(tiny("llama"), token_windows, THREE, **settings)
+    held, keep = [], scoring._Teacher.keep
+
+    def watched(self, places, hidden):
+        keep(self, places, hidden)
+        held.append(sum(states.untyped_storage().nbytes() for states in self.states.values()))
+
+    monkeypatch.setattr(scoring._Teacher, "keep", watched)
+    monkeypatch.setattr(scoring, "TEACHER_BYTES", 5 * 12 * 16 * 4)
+    computed = computed_batches(monkeypatch)
+    limited = scoring.score(tiny("llama"), token_windows, THREE, **settings)
+    window = 12 * 16 * 4
+    assert held == [2 * window, 4 * window, 4 * window, 4 * window, 5 * window] and computed == [2, 2]
+    assert bytes_of(limited, tmp_path) == bytes_of(whole, tmp_path)
+
+
+def test_nothing_is_kept_where_no_criterion_has_a_teacher(tiny, token_windows, monkeypatch):
+    teachers, original = [], scoring._Teacher.__init__
+    monkeypatch.setattr(scoring._Teacher, "__init__", lambda self, limit: teachers.append(self) or original(self, limit))
+    scoring.score(tiny("llama"), token_windows, ["one_hot_ce", "entropy", "magnitude"], progress=False)
+    assert [teacher.states for teacher in teachers] == [{}]
+    scoring.score(tiny("llama"), token_windows, THREE, progress=False)
+    assert [teacher.states for teacher in teachers] == [{}, {}], "what was used up is still held"
+
+
+def test_the_teacher_of_a_batch_that_was_halved_is_computed_for_the_halves(tiny, token_windows, tmp_path, monkeypatch):
+    """The student, which needs more memory, does not fit in the dense model's batches."""
+    settings = {"batch_size": 4, "progress": False}
+    computed, original = computed_batches(monkeypatch), contributions._Vocabulary.__call__
+
+    def attempt(self, batch, hidden, teacher_hidden):
+        if teacher_hidden is not None and len(batch) > 2:
+            raise MemoryError
+        return original(self, batch, hidden, teacher_hidden)
+
+    monkeypatch.setattr(contributions._Vocabulary, "__call__", attempt)
+    kept = scoring.score(tiny("llama"), token_windows, THREE, **settings)
+    assert kept.batch_size == 2 and computed == [2, 2, 2, 2], "only the last batch, of one window, is as it was"
+    monkeypatch.setattr(scoring, "TEACHER_BYTES", 0)
+    assert bytes_of(scoring.score(tiny("llama"), token_windows, THREE, **settings), tmp_path) == bytes_of(kept, tmp_path)
+
+
+def test_batches_that_the_first_window_decides_are_the_same_in_both_stages(tiny, token_windows, monkeypatch):
+    """As on a GPU, where the first window is scored alone and shows how many fit."""
+    monkeypatch.setattr(scoring._Pass, "_first_size", lambda self: 1)
+    monkeypatch.setattr(scoring._Pass, "_fitting_size", lambda self, before: 4)
+    original = scoring._Pass.__init__
+
+    def on_gpu(self, *arguments, **settings):
+        original(self, *arguments, **settings)
+        self.gpus = {"a GPU"}
+
+    monkeypatch.setattr(scoring._Pass, "__init__", on_gpu)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    tried, computed = failing_above(99, None, monkeypatch), computed_batches(monkeypatch)
+    scores = scoring.score(tiny("llama"), token_windows, THREE, batch_size=0, progress=False)
+    assert tried == [1, 4, 4] * 2 and computed == [] and scores.batch_size == 4
+
+
+@pytest.mark.parametrize(("criteria", "counted"), [(["entropy"], 108), (["self_distillation"], 108), (["magnitude"], 0)])
+def test_each_calibration_token_is_counted_once(criteria, counted, tiny, token_windows):
+    assert scoring.score(tiny("llama"), token_windows, criteria, progress=False).tokens == counted
+
+
 # Activation checkpointing, compilation
 
 

@@ -228,6 +228,18 @@ def test_attention_in_blocks_is_the_same_attention(architecture, tiny, token_win
     torch.testing.assert_close(found, naive(model, token_windows, "entropy"), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_probabilities_are_as_good_as_float32_makes_them(dtype):
+    """Whatever the dtype of queries and keys, their products are exact and summed in float32: bfloat16 sums would be 0.01 off."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (3 * torch.randn(1, heads, 150, 64, generator=generator).to(dtype) for heads in (6, 2))
+    for block, p in attention._probabilities(query, key, 0.125):
+        scores = query.double()[:, :, block] @ key.double().repeat_interleave(3, 1)[:, :, : block.stop].mT * 0.125
+        later = torch.arange(block.stop) > torch.arange(block.start, block.stop)[:, None]
+        expected = torch.softmax(scores.masked_fill(later, -torch.inf), -1)
+        torch.testing.assert_close(p.double().view_as(expected), expected, rtol=1e-4, atol=1e-6)
+
+
 def spied(function, calls):
     return lambda *arguments: calls.append(None) or function(*arguments)
 

@@ -201,8 +201,7 @@ class Head:
         """Multiply as on CUDA, one small float32 tile of the head after the other: no float32 copy of the head."""
         scores = hidden.new_empty(len(hidden), len(self.weight), dtype=torch.float32) if out is None else out
         wide, tile = hidden.float(), self.weight.new_empty(_TILE, self.weight.shape[1], dtype=torch.float32)
-        exact = "bf16" if hidden.dtype == self.weight.dtype == torch.bfloat16 else "ieee"
-        with _matmul_precision(exact):
+        with matmul_precision(torch.promote_types(hidden.dtype, self.weight.dtype)):
             for start in range(0, len(self.weight), _TILE):
                 rows = self.weight[start : start + _TILE]
                 torch.mm(wide, tile[: len(rows)].copy_(rows).t(), out=scores[:, start : start + _TILE])
@@ -220,11 +219,15 @@ class Head:
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str):
-    # Of bfloat16 values in float32 tensors nothing is lost when products take bfloat16 inputs, and the CPU's bfloat16 unit sums
-    # in float32: the same logits 2.4 times as fast. A CPU without that unit ignores the setting.
+def matmul_precision(dtype: torch.dtype):
+    """Within the context, products of float32 tensors on the CPU are exact for values that `dtype` can hold.
+
+    Of bfloat16 values nothing is lost when products take bfloat16 inputs, and the CPU's bfloat16 unit sums in float32: the same
+    logits 2.4 times as fast. A CPU without that unit ignores the setting.
+    """
     settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, precision
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else "ieee"
     try:
         yield
     finally:
@@ -243,13 +246,24 @@ def head(model: nn.Module) -> Head:
     found = Head(module, multiplier, softcap)
     probe = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
     with torch.no_grad():
-        expected = model(input_ids=probe, use_cache=False).logits[0].float()
-        actual = found.logits(final_hidden(model, probe)[0]).float()
+        expected, hidden = _logits_and_final_hidden(model, probe)
+        actual = found.logits(hidden[0]).float()
+    expected = expected[0].float()
     if (actual.to(expected.device) - expected).abs().max() > 0.03 * expected.abs().max():
         raise UserError(
             f"model: {type(model).__name__} is not supported: it changes its logits after `lm_head` in an unknown way."
         )
     return found
+
+
+def _logits_and_final_hidden(model, token_ids):
+    """Return the logits of the model's own forward pass and the hidden states that its head saw, in one reading."""
+    seen = []
+    handle = model.get_decoder().register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    try:
+        return model(input_ids=token_ids, use_cache=False).logits, seen[0]
+    finally:
+        handle.remove()
 
 
 def final_hidden(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ import contextlib
 
 import torch
 
+from hfprune_nb.inputs.models import matmul_precision
+
 _NAME = "hfprune_causal_blocks"
 _BLOCK = 64  # queries; the probabilities of a block stay in the cache
 
@@ -19,48 +21,46 @@ class _CausalBlocks(torch.autograd.Function):
     def forward(ctx, query, key, value, scaling):
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
-        output = torch.empty_like(query)
-        for block in _blocks(query):
-            seen = slice(0, block.stop)
-            p = _probabilities(query, key, block, scaling).to(value.dtype)
-            output[:, :, block] = (p @ value[:, :, seen]).view(query[:, :, block].shape)
+        output, values = torch.empty_like(query), value.flatten(0, 1)
+        for block, p in _probabilities(query, key, scaling):
+            output[:, :, block] = torch.bmm(p.to(value.dtype), values[:, : block.stop]).view(query[:, :, block].shape)
         return output
 
     @staticmethod
     def backward(ctx, gradient):
         query, key, value = ctx.saved_tensors
-        of_query = torch.empty_like(query)
+        keys, values, of_query = key.flatten(0, 1), value.flatten(0, 1), torch.empty_like(query)
         wide = torch.promote_types(key.dtype, torch.float32)
-        of_key, of_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for block in _blocks(query):
-            seen = slice(0, block.stop)
-            p = _probabilities(query, key, block, ctx.scaling)
-            of_output = _grouped(gradient, key, block)
-            of_value[:, :, seen] += p.to(value.dtype).mT @ of_output
-            of_p = (of_output @ value[:, :, seen].mT).to(wide)
+        of_keys, of_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
+        for block, p in _probabilities(query, key, ctx.scaling):
+            seen, of_output = slice(0, block.stop), _grouped(gradient, key, block)
+            of_values[:, seen] += torch.bmm(p.to(value.dtype).mT, of_output)
+            of_p = torch.bmm(of_output, values[:, seen].mT).to(wide)
             of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scaling).to(key.dtype)
-            of_query[:, :, block] = (of_scores @ key[:, :, seen]).view(query[:, :, block].shape)
-            of_key[:, :, seen] += of_scores.mT @ _grouped(query, key, block)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
-
-
-def _blocks(query):
-    return [slice(start, min(start + _BLOCK, query.shape[2])) for start in range(0, query.shape[2], _BLOCK)]
+            of_query[:, :, block] = torch.bmm(of_scores, keys[:, seen]).view(query[:, :, block].shape)
+            of_keys[:, seen] += torch.bmm(of_scores.mT, _grouped(query, key, block))
+        return of_query, of_keys.view(key.shape).to(key.dtype), of_values.view(value.shape).to(value.dtype), None
 
 
 def _grouped(tensor, key, block):
-    """Return a block of (batch, heads, seq, size) as (batch, groups, heads per group * block, size): no key is repeated."""
-    return tensor[:, :, block].reshape(tensor.shape[0], key.shape[1], -1, tensor.shape[3])
+    """Return a block of (batch, heads, seq, size) as (batch * groups, heads per group * block, size): no key is repeated."""
+    return tensor[:, :, block].reshape(key.shape[0] * key.shape[1], -1, tensor.shape[3])
 
 
-def _probabilities(query, key, block, scaling):
-    """Return softmax(scaling q k^T) in float32 or wider, (batch, groups, heads per group * block, keys up to its end)."""
-    size = block.stop - block.start
+def _probabilities(query, key, scaling):
+    """Yield blocks of queries, as slices, and softmax(scaling q k^T) of each in float32 or wider.
+
+    Its shape is (batch * groups, heads per group * block, keys up to the block's end).
+    """
     wide = torch.promote_types(key.dtype, torch.float32)
-    scores = (_grouped(query, key, block).to(wide) @ key[:, :, : block.stop].to(wide).mT).mul_(scaling)
-    later = torch.ones(size, size, dtype=torch.bool).triu(1)
-    scores.unflatten(2, (-1, size))[..., block.start :].masked_fill_(later, -torch.inf)
-    return torch.softmax(scores, -1)
+    keys, later = key.flatten(0, 1).to(wide).mT, torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu(1)
+    for start in range(0, query.shape[2], _BLOCK):
+        block = slice(start, min(start + _BLOCK, query.shape[2]))
+        size = block.stop - start
+        with matmul_precision(key.dtype):
+            scores = torch.bmm(_grouped(query, key, block).to(wide), keys[:, :, : block.stop]).mul_(scaling)
+        scores.unflatten(1, (-1, size))[..., start:].masked_fill_(later[:size, :size], -torch.inf)
+        yield block, torch.softmax(scores, -1)
 
 
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **other):

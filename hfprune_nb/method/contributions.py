@@ -12,7 +12,7 @@ import functools
 
 import torch
 
-from hfprune_nb.inputs.models import final_hidden, gated_mlps, head
+from hfprune_nb.inputs.models import final_hidden, gated_mlps
 from hfprune_nb.method.activations import factored, silenced
 
 # Positions whose float32 rows stay in the cache of a CPU while a criterion goes over them again and again.
@@ -22,18 +22,18 @@ _CACHED_ROWS = 16
 class Contributions:
     """Computes, for a batch, the importance that each window adds under each criterion of `group`.
 
+    model_head : of `model`, as `models.head` gives it.
     student : indices (layers, neurons kept) of the neurons that are left, or None for the dense model. Teacher and student are
-        the same weights, the student with the other neurons silenced; of the teacher only the final hidden states of the batch
-        are held, and its logits exist for one chunk of positions at a time: for the vocabulary they would take 50 to 250 times
-        the memory, and going through teacher and student layer by layer would need every layer's hidden states of both.
+        the same weights, the student with the other neurons silenced; the teacher is known by its final hidden states, and its
+        logits exist for one chunk of positions at a time: for the vocabulary they would take 50 to 250 times the memory.
     checkpointing : keep each layer's input only and compute the layer again when its gradient is needed.
     compiled : compile each criterion and the sum over a window's positions.
     """
 
-    def __init__(self, model, group, *, aggregation, chunk_size, student=None, checkpointing=False, compiled=False):
+    def __init__(self, model, model_head, group, *, aggregation, chunk_size, student=None, checkpointing=False, compiled=False):
         self.model, self.group, self.student = model, group, student
         self.mlps = gated_mlps(model)
-        self.vocabulary = _Vocabulary(head(model), group, chunk_size, compiled)
+        self.vocabulary = _Vocabulary(model_head, group, chunk_size, compiled)
         self.first_device = model.get_input_embeddings().weight.device
         self.sum_changes = torch.compile(_sum_changes, dynamic=True) if compiled else _sum_changes
         if aggregation == "weight":
@@ -41,23 +41,23 @@ class Contributions:
         else:
             self._changes = self._from_recomputed_layers if checkpointing else self._from_graph
 
-    def __call__(self, windows):
-        """Return (changes, values) of windows (batch, seq).
+    def __call__(self, windows, teacher_hidden=None):
+        """Return (changes, values, hidden) of windows (batch, seq).
 
         changes : for each layer a tensor (criteria, batch, neurons) on that layer's device, float32 or wider; values : C of each
-        criterion, averaged over positions and summed over windows, in nats.
+        criterion, averaged over positions and summed over windows, in nats; hidden : final hidden states (batch, seq, hidden).
+        teacher_hidden : that which the dense model gave for the same windows; without it, a student's teacher is computed.
         """
         batch = torch.as_tensor(windows, dtype=torch.long, device=self.first_device)
-        teacher_hidden = None
-        if self.student is not None:
+        if self.student is not None and teacher_hidden is None:
             with torch.no_grad():
                 teacher_hidden = final_hidden(self.model, batch)
         # The mean over positions is taken after the product of h and its gradient, so that half precision never holds small ones.
         positions = [batch.shape[1] - 1 if criterion.needs_next_token else batch.shape[1] for criterion in self.group]
         with silenced(self.model, self.student) if self.student is not None else contextlib.nullcontext():
-            changes, sums = self._changes(batch, teacher_hidden)
+            changes, sums, hidden = self._changes(batch, teacher_hidden)
         changes = [torch.stack([row / count for row, count in zip(rows, positions, strict=True)]) for rows in changes]
-        return changes, [total / count for total, count in zip(sums, positions, strict=True)]
+        return changes, [total / count for total, count in zip(sums, positions, strict=True)], hidden
 
     def _from_graph(self, batch, teacher_hidden):
         watched, changes = {}, [[None] * len(self.group) for _ in self.mlps]
@@ -84,7 +84,7 @@ class Contributions:
         finally:
             # The hooks and the activations refer to each other across the C++ graph, which no garbage collector would free.
             watched.clear()
-        return changes, sums
+        return changes, sums, hidden.detach()
 
     def _from_recomputed_layers(self, batch, teacher_hidden):
         layers, calls, outputs = self.model.get_decoder().layers, {}, []
@@ -105,14 +105,15 @@ class Contributions:
         finally:
             for handle in handles:
                 handle.remove()
-        gradients, sums = self.vocabulary(batch, hidden.detach(), teacher_hidden)
+        states = hidden.detach()
+        gradients, sums = self.vocabulary(batch, states, teacher_hidden)
         gradients = [torch.autograd.grad(hidden, outputs, gradient, retain_graph=True)[0] for gradient in gradients]
         changes = [None] * len(layers)
         del hidden
         outputs.clear()
         for index in reversed(range(len(layers))):
             changes[index], gradients = self._through_layer(index, layers[index], *calls.pop(index), gradients)
-        return changes, sums
+        return changes, sums, states
 
     def _through_layer(self, index, layer, args, kwargs, gradients):
         """Return the changes of each criterion in one layer, and the gradients for its input, given those for its output."""
@@ -157,13 +158,13 @@ class Contributions:
             for weight in weights:
                 weight.grad = None
                 weight.requires_grad_(False)
-        return changes, sums
+        return changes, sums, hidden.detach()
 
 
 def _sum_changes(hidden, gradient):
     """Return the sum over positions of |h * dC/dh|, (batch, neurons), in float32 or wider; `hidden` is h or its factor."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.linalg.vector_norm(hidden.to(wide) * gradient, ord=1, dim=1)
+    return torch.linalg.vector_norm(hidden.to(wide, copy=True).mul_(gradient), ord=1, dim=1)
 
 
 class _Vocabulary:

@@ -158,8 +158,8 @@ def contestants(model, windows: np.ndarray, batch_size: int = 0) -> list[Contest
         engine("one_hot_ce: engine", ["one_hot_ce"], 1, 1),
         loop("one_hot_ce: LLM-Pruner loop", "one_hot_ce", llm_pruner, 1, 1),
         engine("one_hot_ce + entropy: engine", ["one_hot_ce", "entropy"], 1, 2),
-        engine("self_distillation: engine", taught, 3, 2, **SDMPRUNE),
-        engine("self_distillation: engine, by weight", taught, 3, 2, aggregation="weight", **SDMPRUNE),
+        engine("self_distillation: engine", taught, 2, 2, **SDMPRUNE),
+        engine("self_distillation: engine, by weight", taught, 2, 2, aggregation="weight", **SDMPRUNE),
         loop("self_distillation: SDMPrune loop", "self_distillation", sdmprune, 3, 2),
     ]
 

@@ -4,11 +4,16 @@ Only activations get gradients: weights are frozen and the graph starts at the f
 graph at all: each criterion's closed-form gradient is taken in chunks of positions, so that no (positions, vocabulary) float32
 tensor larger than a chunk ever exists. Importance is summed in float64.
 
+Self-distillation reads the text twice: first the dense model, for the one-hot cross-entropy that chooses the student's neurons,
+then the student. What the dense model's first reading left in front of the head is kept, up to `TEACHER_BYTES`, and is the
+teacher of the second; only of the batches beyond is the teacher computed again.
+
 What a batch adds is computed apart (`contributions`) and then summed (`totals`): a batch that runs out of memory is tried again
 in halves, a stopped run goes on from its checkpoint, and the processes of a group share the windows (`shards`).
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
@@ -18,8 +23,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from hfprune_nb import processes
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs.models import gated_mlps
+from hfprune_nb.inputs.models import gated_mlps, head
 from hfprune_nb.method import criteria as registry
 from hfprune_nb.method import totals
 from hfprune_nb.method.attention import fast_on_cpu
@@ -30,6 +36,9 @@ from hfprune_nb.progress import bar
 AGGREGATIONS = ("activation", "weight")
 # Enough tokens in a forward pass to fill the matrix units; more would only take memory.
 CPU_TOKENS, CUDA_TOKENS = 512, 32768
+# Final hidden states of the dense model that a process keeps for self-distillation: little beside the weights of the paper's
+# models (2.5 to 15 GB), and enough for 256 windows of 1024 tokens of a 7B model, 8 KB a token.
+TEACHER_BYTES = 2**31
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +49,10 @@ class Scores:
 
     importance : criterion -> (layers, neurons) float64, higher = keep.
     mean_value : criterion -> mean of C over all positions, in nats (only criteria that are a function of the logits).
-    tokens : calibration tokens that went through the model, summed over all forward passes and processes; seconds : wall time,
-        that before a resumed checkpoint included; batch_size : windows in a forward pass, as given or found.
+    tokens : calibration tokens that were scored, of all processes, each counted once however often a criterion has it read:
+        tokens / seconds compares criteria, engine and published loops as `measure.speed` does, and a teacher that was kept or
+        computed again does not change it. seconds : wall time, that before a resumed checkpoint included; batch_size : windows
+        in a forward pass, as given or found.
     snapshots : n -> criterion -> importance after the first n windows, for n = the powers of two and the total; only criteria
         that read text. Self-distillation's student is at every n the one of the full first stage.
     """
@@ -159,12 +170,12 @@ def score(
         batch_size=1 if aggregation == "weight" else batch_size,  # the absolute value is taken of each window's own gradient
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
+        teacher_bytes=TEACHER_BYTES if taught else 0,
     )
     started = time.perf_counter()
     found, mean_value = {}, {}
-    # The dense model is read once; with a teacher, teacher and student read the windows once more each.
-    tokens = np.size(windows) * (bool(plain) + 2 * bool(taught))
-    shown = bar(tokens // totals.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
+    tokens = np.size(windows) if from_logits else 0
+    shown = bar(tokens * (1 + bool(taught)) // processes.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
     with shown as progress_bar, fast_on_cpu(model):
         if plain:
             found, mean_value = scoring_pass("dense", plain, None, progress_bar)
@@ -209,13 +220,20 @@ def _check(criteria, aggregation, activation_checkpointing, batch_size, chunk_si
 class _Pass:
     """One reading of this process's windows: batches, memory, checkpoints, and the merging at the end."""
 
-    def __init__(self, model, windows, settings, *, batch_size, checkpoint, checkpoint_every):
+    def __init__(self, model, windows, settings, *, batch_size, checkpoint, checkpoint_every, teacher_bytes=0):
         self.model, self.windows, self.settings, self.batch_size = model, windows, settings, batch_size
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
-        self.rank, self.processes = totals.place()
+        self.finds_batch = batch_size == 0
+        self.teacher = _Teacher(teacher_bytes)
+        self.rank, self.processes = processes.place()
         self.places = np.arange(self.rank, len(windows), self.processes)
         self.gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self.seconds_before = 0.0
+
+    @functools.cached_property
+    def head(self):
+        """The model's head, which is checked once for all passes."""
+        return head(self.model)
 
     def __call__(self, name, group, student, progress_bar):
         """Return {criterion: importance after each border (borders, layers, neurons)} and {criterion: mean of C}.
@@ -230,13 +248,12 @@ class _Pass:
             if sums.resume(file, fingerprint):
                 logger.info("scoring goes on after %d windows of %s", sums.done, file)
                 self.seconds_before += sums.seconds
-        passes = 1 if student is None else 2
-        progress_bar.update(sums.done * self.windows.shape[1] * passes)
-        contributions = Contributions(self.model, group, student=student, **self.settings)
+        progress_bar.update(sums.done * self.windows.shape[1])
+        contributions = Contributions(self.model, self.head, group, student=student, **self.settings)
         saved, started, before = sums.done, time.perf_counter(), sums.seconds
         while sums.done < len(self.places):
             added = self._add_batch(contributions, sums)
-            progress_bar.update(added * self.windows.shape[1] * passes)
+            progress_bar.update(added * self.windows.shape[1])
             sums.seconds = before + time.perf_counter() - started
             if file and (sums.done - saved >= self.checkpoint_every or sums.done == len(self.places)):
                 sums.save(file, fingerprint)
@@ -251,13 +268,13 @@ class _Pass:
         """Add the next batch to `sums`, smaller if memory runs out, and return its number of windows."""
         found = None
         while found is None:
-            size = sums.batch_size or self._first_size()
+            size = self._next_size(sums)
             places = self.places[sums.done : sums.done + size]
             before = {gpu: torch.cuda.memory_allocated(gpu) for gpu in self.gpus}
             for gpu in self.gpus:
                 torch.cuda.reset_peak_memory_stats(gpu)
             # What a batch adds is added only when all of it is known: nothing is lost or counted twice.
-            found = _unless_out_of_memory(contributions, np.array(self.windows[places]))
+            found = _unless_out_of_memory(contributions, np.array(self.windows[places]), self.teacher.take(places))
             if found is None:
                 if len(places) == 1:
                     raise UserError(
@@ -268,11 +285,23 @@ class _Pass:
                 logger.info(
                     "scoring ran out of memory with %d windows in a batch and goes on with %d", len(places), sums.batch_size
                 )
-        sums.add(places, *found)
+        changes, values, hidden = found
+        if contributions.student is None:
+            self.teacher.keep(places, hidden)
+        sums.add(places, changes, values)
         if not sums.batch_size:
             sums.batch_size = self._fitting_size(before) if before else size
             logger.info("scoring takes %d windows of %d tokens in a batch", sums.batch_size, self.windows.shape[1])
         return len(places)
+
+    def _next_size(self, sums):
+        """Return the windows to try next: where the batch is found by its first window, that one is alone in every pass.
+
+        So the student's batches are those of the dense model, and what was kept of these is of use.
+        """
+        if self.finds_batch and not sums.done:
+            return min(sums.batch_size or self._first_size(), self._first_size())
+        return sums.batch_size
 
     def _first_size(self):
         return 1 if self.gpus else max(1, CPU_TOKENS // self.windows.shape[1])
@@ -300,10 +329,31 @@ class _Pass:
         )
 
 
-def _unless_out_of_memory(contributions, windows):
+class _Teacher:
+    """Final hidden states of the dense model, on the CPU and in its dtype, batch by batch and up to `limit` bytes.
+
+    A batch is given back to no other than itself: the same window in a batch of another size may differ in its last bits, and
+    then a run whose batches were halved, or that was stopped and lost all states, would not give the same bytes.
+    """
+
+    def __init__(self, limit: int):
+        self.free, self.states = limit, {}
+
+    def keep(self, places, hidden):
+        """Keep what the batch of the windows at `places` left, if it still fits."""
+        if hidden.nbytes <= self.free:
+            self.states[tuple(places)] = hidden.cpu()
+            self.free -= hidden.nbytes
+
+    def take(self, places):
+        """Give back and forget the states of this very batch; None where there are none."""
+        return self.states.pop(tuple(places), None)
+
+
+def _unless_out_of_memory(contributions, windows, teacher_hidden):
     """Return what `windows` add, or None when memory ran out; by then everything that the attempt had allocated is free again."""
     try:
-        return contributions(windows)
+        return contributions(windows, teacher_hidden)
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:

@@ -13,18 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hfprune_nb.method.pruning import full_disk_in_one_sentence
+from hfprune_nb.processes import place
 
 
 def borders(count: int) -> list[int]:
     """Return the numbers of windows after which importance is reported: the powers of two below `count`, and `count`."""
     return [1 << power for power in range(max(count - 1, 0).bit_length())] + [count]
-
-
-def place() -> tuple[int, int]:
-    """Return (rank, processes) of this process in its process group, (0, 1) outside one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class Totals:
