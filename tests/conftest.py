@@ -9,6 +9,12 @@ import numpy as np
 import pytest
 
 REGISTRY_ASSETS = ("smollm2-135m", "c4-calibration", "c4-held-out", "wikitext-2", "benchmarks", "crows-pairs", "truthfulqa")
+# Several minutes each, and a file's tests stay on one worker: what starts last must not be the longest.
+LONGEST_FILES = ("test_smoke_study.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
 @pytest.fixture(scope="session")

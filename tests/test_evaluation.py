@@ -414,10 +414,15 @@ def test_two_processes_answer_as_one(tiny_alias, two_tasks, monkeypatch, tmp_pat
     assert json.loads((tmp_path / "request.json").read_text())["model"]["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("processes", [0, 25])
-def test_more_processes_than_items_are_refused(tiny_alias, processes, tmp_path):
-    with pytest.raises(UserError, match=f"processes {processes} is outside 1 to 24, the number of items of smoke_choice"):
-        data_parallel.benchmark_items(*tiny_alias, ["smoke_choice"], "local", scratch=tmp_path, processes=processes)
+@pytest.mark.parametrize(("processes", "limit", "most"), [(0, 0, 24), (25, 30, 24), (25, 0, 24), (4, 3, 3)])
+def test_more_processes_than_items_are_refused(tiny_alias, processes, limit, most, tmp_path):
+    with pytest.raises(UserError, match=f"processes {processes} is outside 1 to {most}, the number of items of smoke_choice"):
+        data_parallel.benchmark_items(*tiny_alias, ["smoke_choice"], "local", limit, scratch=tmp_path, processes=processes)
+
+
+def test_several_processes_have_nothing_to_share_without_a_task(tiny_alias, tmp_path):
+    items, protocol, _ = data_parallel.benchmark_items(*tiny_alias, [], scratch=tmp_path, processes=2)
+    assert items.empty and protocol == {} and not list(tmp_path.iterdir())
 
 
 def test_the_model_writes_its_answers_in_a_generation_task(tiny_alias, monkeypatch):

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from hfprune_nb import processes as group
 from hfprune_nb.inputs import models
@@ -27,10 +28,11 @@ def benchmark_items(
     one or above that of the items of a task, a device that several processes cannot share, a process that fails, and what
     `evaluation.benchmark_items` raises.
     """
-    if processes != 1:
-        items = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in load_tasks(names, source).items()}
-        fewest = min(items, key=items.get)
-        group.check(processes, items[fewest], f"items of {fewest}", _place(model))
+    sizes = {name: len(task.eval_docs) for name, task in load_tasks(names, source).items()} if processes != 1 else {}
+    if sizes:
+        fewest = min(sizes, key=sizes.get)
+        items = min(limit, sizes[fewest]) if limit > 0 else sizes[fewest]
+        group.check(processes, items, f"items of {fewest}", _place(model))
         checkpoint = scratch / "checkpoint"
         model.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
@@ -40,6 +42,7 @@ def benchmark_items(
         (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
         device = model.device
         model.to("cpu")
+        torch.cuda.empty_cache()  # what torch has freed but kept, the other processes could not use
         group.launch(__name__, scratch, processes)
         model.to(device)
     return evaluation.benchmark_items(model, tokenizer, names, source, limit, scratch=scratch, **settings)
