@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def registry():
     """Fetch what the second tier of tests needs; skip, and say so in capitals, only where the registry is out of reach."""
-    from hfprune_nb import assets
     from hfprune_nb.errors import UserError
+    from hfprune_nb.inputs import assets
 
     try:
         for name in REGISTRY_ASSETS:

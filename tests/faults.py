@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hfprune_nb.runs.artifacts import Artifact
 
-COMMAND = [sys.executable, "-c", "import sys; from hfprune_nb.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from hfprune_nb.cli.main import main; sys.exit(main())"]
 PACKAGE = str(Path(__file__).resolve().parent.parent)
 LEFTOVER = re.compile(r"\.(partial|old|new|lock|scratch|progress\.json|running\.ipynb|failed\.ipynb)$")
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hfprune_nb import files
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import artifacts
 from hfprune_nb.runs.artifacts import Artifact, Writer, address, canonical, finished, open_artifact
@@ -159,5 +160,5 @@ def test_artifact_without_files_is_refused(folder):
 def test_json_takes_numpy_scalars_and_is_sorted(tmp_path):
     import numpy
 
-    artifacts.write_json(tmp_path / "x.json", {"b": numpy.float32(0.5), "a": numpy.int64(3)})
+    files.write_json(tmp_path / "x.json", {"b": numpy.float32(0.5), "a": numpy.int64(3)})
     assert (tmp_path / "x.json").read_text() == json.dumps({"a": 3, "b": 0.5}, indent=1) + "\n"

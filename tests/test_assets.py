@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfprune_nb import assets, paths
+from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import assets
 
 PROJECT = Path(__file__).resolve().parent.parent
 FIRST, SECOND = os.urandom(200_000), os.urandom(120_000)

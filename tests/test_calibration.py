@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hfprune_nb import calibration
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import calibration
 
 CORPUS = "data/smoke/corpus.txt"
 PROJECT = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ import pytest
 import toys
 
 import hfprune_nb.inputs
-from hfprune_nb import cli
+from hfprune_nb.cli.main import main
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import study
 
@@ -82,7 +82,7 @@ def no_cells(monkeypatch):
 )
 def test_help_says_what_it_is_for(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([*arguments, "--help"])
+        main.main([*arguments, "--help"])
     assert caught.value.code == 0
     assert "usage: hfprune" in capsys.readouterr().out
 
@@ -90,69 +90,69 @@ def test_help_says_what_it_is_for(arguments, capsys):
 def test_help_has_examples_and_exit_codes(capsys):
     for arguments, words in ((["--help"], "hfprune study run offline"), (["study", "run", "--help"], "Exit status: 0")):
         with pytest.raises(SystemExit):
-            cli.main(arguments)
+            main.main(arguments)
         assert words in capsys.readouterr().out
 
 
 def test_version(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["--version"])
-    assert capsys.readouterr().out == f"hfprune {cli.__version__}\n"
+        main.main(["--version"])
+    assert capsys.readouterr().out == f"hfprune {hfprune_nb.__version__}\n"
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])
 def test_bad_option_is_refused(workers):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["study", "run", "toy", "--workers", workers])
+        main.main(["study", "run", "toy", "--workers", workers])
     assert caught.value.code == 2
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(project, capsys):
     toys.write_study(project, "bad", criterion=["entropy"])
-    assert cli.main(["study", "run", "bad"]) == 2
+    assert main.main(["study", "run", "bad"]) == 2
     said = capsys.readouterr()
     assert said.err == "error: bad.yaml: unknown key 'criterion', did you mean 'criteria'?\n" and said.out == ""
-    assert cli.main(["study", "status", "toi"]) == 2
+    assert main.main(["study", "status", "toi"]) == 2
     assert "did you mean 'toy'?" in capsys.readouterr().err
 
 
 def test_assets_list_and_fetch(assets, project, capsys):
-    assert cli.main(["assets", "list"]) == 0
+    assert main.main(["assets", "list"]) == 0
     assert "model" in capsys.readouterr().out
-    assert cli.main(["assets", "fetch", "model"]) == 0 and assets.fetched == ["model"]
-    assert cli.main(["assets", "fetch", "--all"]) == 0
-    assert cli.main(["assets", "fetch"]) == 2
+    assert main.main(["assets", "fetch", "model"]) == 0 and assets.fetched == ["model"]
+    assert main.main(["assets", "fetch", "--all"]) == 0
+    assert main.main(["assets", "fetch"]) == 2
     before = list(assets.fetched)
-    assert cli.main(["assets", "fetch", "model", "modle"]) == 2 and assets.fetched == before
+    assert main.main(["assets", "fetch", "model", "modle"]) == 2 and assets.fetched == before
 
 
 @pytest.mark.parametrize(("flag", "fetched"), [("--fetch", ["model"]), ("--no-fetch", [])])
 def test_run_fetches_the_assets_of_the_study(assets, project, no_cells, flag, fetched):
     toys.write_study(project, assets=["model"])
-    assert cli.main(["study", "run", "toy", flag]) == 0
+    assert main.main(["study", "run", "toy", flag]) == 0
     assert assets.fetched == fetched
 
 
 def test_failed_cells_give_exit_code_1_and_a_summary(project, no_cells, capsys):
     no_cells[0] = "failed"
-    assert cli.main(["study", "run", "toy"]) == 1
+    assert main.main(["study", "run", "toy"]) == 1
     said = capsys.readouterr().out
     assert "12 failed" in said and said.count("why") == 12
 
 
 def test_status_and_plan(project, capsys):
-    assert cli.main(["study", "status", "toy"]) == 0
+    assert main.main(["study", "status", "toy"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 13 and said[-1] == "12 cells: 12 waiting"
     assert said[0].split() == ["waiting", "evaluation", "tiny,", "dense"]
-    assert cli.main(["study", "plan", "toy"]) == 0
+    assert main.main(["study", "plan", "toy"]) == 0
     said = capsys.readouterr().out
     assert "total           12     0" in said and "whole study by workers or GPUs: 1: " in said and "64: " in said
     assert "rates of the cpu: Measured" in said
 
 
 def test_graph_names_every_cell_and_what_it_waits_for(project, capsys):
-    assert cli.main(["study", "graph", "toy"]) == 0
+    assert main.main(["study", "graph", "toy"]) == 0
     graph = json.loads(capsys.readouterr().out)
     cells = {cell["reference"]: cell for cell in graph["cells"]}
     assert len(cells) == 12 and graph["threads"] == 1 and graph["folder"] == str(project / "results" / "toy")
@@ -162,15 +162,15 @@ def test_graph_names_every_cell_and_what_it_waits_for(project, capsys):
 
 
 def test_cell_computes_one_cell_once_and_refuses_one_without_its_inputs(project, capsys):
-    assert cli.main(["study", "graph", "toy"]) == 0
+    assert main.main(["study", "graph", "toy"]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     first = {cell["stage"]: cell["reference"] for cell in reversed(cells)}
     for state in ("computed", "done"):
-        assert cli.main(["study", "cell", "toy", first["calibration"]]) == 0
+        assert main.main(["study", "cell", "toy", first["calibration"]]) == 0
         assert capsys.readouterr().out.startswith(state)
-    assert cli.main(["study", "cell", "toy", first["pruning"]]) == 2
+    assert main.main(["study", "cell", "toy", first["pruning"]]) == 2
     assert "which is not finished: run that cell first" in capsys.readouterr().err
-    assert cli.main(["study", "cell", "toy", "pruning/0"]) == 2
+    assert main.main(["study", "cell", "toy", "pruning/0"]) == 2
     assert "has no cell 'pruning/0'" in capsys.readouterr().err
     (done,) = (project / "results" / "toy").glob("*/*/DONE")
     assert f"calibration/{done.parent.name}" == first["calibration"]
@@ -179,7 +179,7 @@ def test_cell_computes_one_cell_once_and_refuses_one_without_its_inputs(project,
 def test_rates_are_fitted_to_cards(project, capsys):
     folder = Path(__file__).parents[1] / "results" / "offline"
     before = (project / "data" / "rates.yaml").read_text()
-    assert cli.main(["study", "rates", str(folder / "cards.json")]) == 0
+    assert main.main(["study", "rates", str(folder / "cards.json")]) == 0
     assert "scoring" in capsys.readouterr().out
     assert (project / "data" / "rates.yaml").read_text() != before
 
@@ -188,7 +188,7 @@ def test_results_folder_can_be_chosen(project, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path / "unused"))
     kept = tmp_path / "elsewhere" / "toy" / "scoring" / "0123456789abcdef"
     kept.mkdir(parents=True)
-    assert cli.main(["study", "clean", "toy", "--results", str(tmp_path / "elsewhere"), "--yes"]) == 0
+    assert main.main(["study", "clean", "toy", "--results", str(tmp_path / "elsewhere"), "--yes"]) == 0
     assert not kept.exists()
 
 
@@ -199,15 +199,15 @@ def test_clean_shows_first_and_asks(project, capsys, monkeypatch):
         path.mkdir(parents=True)
     published.write_text("1,2")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
-    assert cli.main(["study", "clean", "toy"]) == 2 and artifact.exists()
+    assert main.main(["study", "clean", "toy"]) == 2 and artifact.exists()
     assert str(artifact) in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda question: "n")
-    assert cli.main(["study", "clean", "toy"]) == 0 and artifact.exists()
+    assert main.main(["study", "clean", "toy"]) == 0 and artifact.exists()
     monkeypatch.setattr("builtins.input", lambda question: "y")
-    assert cli.main(["study", "clean", "toy"]) == 0 and not artifact.exists() and published.exists()
-    assert cli.main(["study", "clean", "toy", "--published", "--yes"]) == 0 and not folder.exists()
-    assert cli.main(["study", "clean", "toy"]) == 0 and "nothing to delete" in capsys.readouterr().out
+    assert main.main(["study", "clean", "toy"]) == 0 and not artifact.exists() and published.exists()
+    assert main.main(["study", "clean", "toy", "--published", "--yes"]) == 0 and not folder.exists()
+    assert main.main(["study", "clean", "toy"]) == 0 and "nothing to delete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -220,13 +220,13 @@ def test_interrupt_is_one_line_and_exit_code_130(project, monkeypatch, capsys, r
     # A shell that runs the tests in the background has its children ignore interrupts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    assert cli.main(["study", "run", "toy"]) == 130
+    assert main.main(["study", "run", "toy"]) == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to continue\n"
 
 
 def test_status_imports_nothing_heavy(project):
     code = (
-        "import sys; from hfprune_nb import cli; cli.main(['study', 'status', 'toy'])\n"
+        "import sys; from hfprune_nb.cli.main import main; main(['study', 'status', 'toy'])\n"
         "assert not {'torch', 'transformers', 'papermill', 'pandas', 'nbconvert'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)
@@ -234,7 +234,7 @@ def test_status_imports_nothing_heavy(project):
 
 def test_an_unknown_criterion_stops_a_study_before_anything_runs(project, assets, no_cells, capsys):
     path = toys.write_study(project, criteria=["entropie"])
-    assert cli.main(["study", "run", str(path)]) == 2
+    assert main.main(["study", "run", str(path)]) == 2
     said = capsys.readouterr()
     assert "did you mean 'entropy'" in said.err and said.err.count("\n") == 1
     assert assets.fetched == []

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hfprune_nb.cost import flops, memory, shapes, timing
+from hfprune_nb.cost.generation import CACHES, _rates, _token_times, compare, summarise
+from hfprune_nb.cost.precision import PAPER_WINDOWS, rank_correlation, study
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs.models import final_hidden, gated_mlps
-from hfprune_nb.measure import accumulation, inference, speed
+from hfprune_nb.models import final_hidden, gated_mlps
 from hfprune_nb.report import cost, figures
 from hfprune_nb.runs import stage
 
@@ -23,7 +25,7 @@ from hfprune_nb.runs import stage
 
 def test_every_repetition_runs_every_contestant_once_in_rotated_order():
     calls = []
-    rows = speed.alternate({name: lambda name=name: calls.append(name) for name in "abc"}, 3, progress=False)
+    rows = timing.alternate({name: lambda name=name: calls.append(name) for name in "abc"}, 3, progress=False)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab", "warm-up, then three rotated rounds"
     assert sorted({(row["contestant"], row["repetition"]) for row in rows}) == [(n, r) for n in "abc" for r in range(3)]
     assert all(row["seconds"] >= 0 for row in rows)
@@ -31,18 +33,18 @@ def test_every_repetition_runs_every_contestant_once_in_rotated_order():
 
 def test_no_repetition_is_refused():
     with pytest.raises(UserError, match="repetitions 0"):
-        speed.alternate({}, 0)
+        timing.alternate({}, 0)
 
 
 @pytest.mark.parametrize("in_fork", [False, True])
 def test_peak_memory_is_what_a_run_needs_beyond_what_was_there(monkeypatch, tmp_path, in_fork):
     if in_fork:  # as on a system that does not let the mark be reset
-        monkeypatch.setattr(speed, "_CLEAR", tmp_path / "missing" / "clear_refs")
-    elif not speed._resets_high_water():
+        monkeypatch.setattr(memory, "_CLEAR", tmp_path / "missing" / "clear_refs")
+    elif not memory._resets_high_water():
         pytest.skip("THIS SYSTEM DOES NOT LET ITS HIGH-WATER MARK BE RESET; the forked way is tested beside")
     held = torch.ones(25_000_000)  # 100 MB that no run is charged with
     contestants = {"large": lambda: torch.ones(50_000_000).sum(), "small": lambda: torch.ones(5_000_000).sum()}
-    rows = speed.alternate(contestants, 2, progress=False)
+    rows = timing.alternate(contestants, 2, progress=False)
     peaks = {name: [row["peak_bytes"] / 1e6 for row in rows if row["contestant"] == name] for name in contestants}
     assert all(180 < peak < 260 for peak in peaks["large"]), peaks
     assert all(10 < peak < 80 for peak in peaks["small"]), "a small run after a large one is charged with its own"
@@ -52,7 +54,7 @@ def test_peak_memory_is_what_a_run_needs_beyond_what_was_there(monkeypatch, tmp_
 def test_the_forked_way_can_run_a_backward_pass(tiny, token_windows):
     from hfprune_nb.method.scoring import score
 
-    assert speed._peak_in_fork(lambda: score(tiny(), token_windows, ["entropy"], progress=False)) >= 0
+    assert memory._peak_in_fork(lambda: score(tiny(), token_windows, ["entropy"], progress=False)) >= 0
 
 
 @pytest.mark.parametrize(("values", "low", "high", "coverage"), [
@@ -62,14 +64,14 @@ def test_the_forked_way_can_run_a_backward_pass(tiny, token_windows):
     ([7], 7, 7, 0),
 ])  # fmt: skip
 def test_median_and_its_order_statistic_interval(values, low, high, coverage):
-    found = speed.median_interval(values)
+    found = timing.median_interval(values)
     assert (found["low"], found["high"]) == (low, high) and found["median"] == np.median(list(values))
     assert found["coverage"] == pytest.approx(coverage)
 
 
 def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
     draws = np.random.default_rng(0).exponential(size=(4000, 9))
-    intervals = [speed.median_interval(row) for row in draws]
+    intervals = [timing.median_interval(row) for row in draws]
     share = np.mean([interval["low"] <= np.log(2) <= interval["high"] for interval in intervals])
     assert share == pytest.approx(intervals[0]["coverage"], abs=0.01) and share > 0.95
 
@@ -77,14 +79,14 @@ def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
 def test_ratios_are_paired_by_repetition():
     rows = [{"contestant": name, "repetition": r, "seconds": s} for name, series in
             {"a": (2, 20, 200), "b": (1, 10, 100)}.items() for r, s in enumerate(series)]  # fmt: skip
-    found = speed.ratio_interval(rows, "a", "b")
+    found = timing.ratio_interval(rows, "a", "b")
     assert (found["median"], found["low"], found["high"]) == (2, 2, 2), "a machine that slows down does not widen it"
-    assert speed.ratio_interval(rows, "a", "absent") is None
+    assert timing.ratio_interval(rows, "a", "absent") is None
 
 
 def test_the_matmul_peak_is_positive_and_named_by_dtype(monkeypatch):
-    monkeypatch.setitem(speed.PEAK_SIZES, "cpu", (64, 128))
-    found = speed.matmul_peak("cpu")
+    monkeypatch.setitem(timing.PEAK_SIZES, "cpu", (64, 128))
+    found = timing.matmul_peak("cpu")
     assert set(found) == {"bfloat16", "float32"} and min(found.values()) > 0
 
 
@@ -101,7 +103,7 @@ def counted(run):
 def test_flops_are_those_of_torch_s_counter(tiny, architecture):
     model = tiny(architecture, attn_implementation="eager")
     batch, config = torch.randint(0, 61, (3, 12)), model.config
-    assert speed.forward_flops(config, 36, 12) == counted(lambda: model(batch, use_cache=False))
+    assert flops.forward_flops(config, 36, 12) == counted(lambda: model(batch, use_cache=False))
     watched = []
 
     def start_graph(module, inputs):
@@ -111,37 +113,37 @@ def test_flops_are_those_of_torch_s_counter(tiny, architecture):
     hook = gated_mlps(model)[0].down.register_forward_pre_hook(start_graph)
     logits = model.get_output_embeddings()(final_hidden(model, batch))
     hook.remove()
-    assert speed.backward_flops(config, 36, 12) == counted(lambda: logits.sum().backward(inputs=watched))
+    assert flops.backward_flops(config, 36, 12) == counted(lambda: logits.sum().backward(inputs=watched))
 
 
 def test_shapes_are_those_of_the_published_models():
     sizes = {"smollm2-135m": 134.5e6, "llama-3.2-1b": 1.236e9, "llama-3.2-3b": 3.213e9, "llama-2-7b": 6.738e9,
              "qwen2.5-1.5b": 1.544e9, "qwen2.5-7b": 7.616e9, "qwen3-1.7b": 1.721e9}  # fmt: skip
     for shape, expected in sizes.items():
-        model = speed.random_model(shape, device="meta")
+        model = shapes.random_model(shape, device="meta")
         assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(expected, rel=0.002), shape
-    assert sizes.keys() | {"tiny"} == speed.SHAPES.keys()
+    assert sizes.keys() | {"tiny"} == shapes.SHAPES.keys()
 
 
 def test_random_models_are_seeded_frozen_and_of_the_asked_dtype():
-    first, again, other = (speed.random_model("tiny", torch.float32, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (shapes.random_model("tiny", torch.float32, seed=seed) for seed in (0, 0, 1))
     weights = [model.get_input_embeddings().weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert weights[0].dtype == torch.float32 and not any(p.requires_grad for p in first.parameters())
     with pytest.raises(UserError, match="llama-2-7b"):
-        speed.random_model("llama-9")
+        shapes.random_model("llama-9")
 
 
 # Summary and targets
 
 
 def contest(tiny, token_windows):
-    from hfprune_nb.method import reference
+    from hfprune_nb.cost import published_loops
 
     model = tiny()
-    contestants = reference.contestants(model, token_windows[:2], batch_size=2)
-    rows = speed.alternate({contestant.name: contestant.run for contestant in contestants}, 2, progress=False)
-    return rows, speed.summarise(rows, contestants, model, token_windows[:2], 1e12)
+    contestants = published_loops.contestants(model, token_windows[:2], batch_size=2)
+    rows = timing.alternate({contestant.name: contestant.run for contestant in contestants}, 2, progress=False)
+    return rows, timing.summarise(rows, contestants, model, token_windows[:2], 1e12)
 
 
 def test_the_summary_counts_the_flops_that_a_criterion_needs(tiny, token_windows):
@@ -150,13 +152,13 @@ def test_the_summary_counts_the_flops_that_a_criterion_needs(tiny, token_windows
     engine, loop = by_name["entropy: engine"], by_name["entropy: HFPrune loop"]
     assert engine["flops"] == loop["flops"], "a loop that does more gets no credit for it"
     config = tiny().config
-    passes = speed.forward_flops(config, 24, 12), speed.backward_flops(config, 24, 12)
+    passes = flops.forward_flops(config, 24, 12), flops.backward_flops(config, 24, 12)
     assert by_name["one_hot_ce + entropy: engine"]["flops"] == passes[0] + 2 * passes[1]
     assert engine["peak_fraction"] == pytest.approx(engine["flops"] / engine["seconds"] / 1e12)
     assert engine["tokens_per_second"] == pytest.approx(24 / engine["seconds"])
-    found = speed.targets(rows, summary, "cpu", {"entropy": 0.9995})
+    found = timing.targets(rows, summary, "cpu", {"entropy": 0.9995})
     assert len(found) == 6 and found[-1]["met"] is True and found[-2]["met"] is None
-    assert speed.targets(rows, summary, "cpu", {"entropy": 0.99})[-1]["met"] is False
+    assert timing.targets(rows, summary, "cpu", {"entropy": 0.99})[-1]["met"] is False
 
 
 def test_targets_follow_the_device():
@@ -164,7 +166,7 @@ def test_targets_follow_the_device():
              "self_distillation: engine", "self_distillation: SDMPrune loop"]  # fmt: skip
     seconds = dict(zip(names, (1.0, 1.2, 2.5, 1.7, 2.0, 7.0), strict=True))
     rows = [{"contestant": n, "repetition": 0, "seconds": s, "peak_bytes": 100 * s} for n, s in seconds.items()]
-    on_cpu, on_cuda = (speed.targets(rows, [], device) for device in ("cpu", "cuda"))
+    on_cpu, on_cuda = (timing.targets(rows, [], device) for device in ("cpu", "cuda"))
     assert [row["met"] for row in on_cpu] == [True, False, True, False]
     assert [row["met"] for row in on_cuda] == [False, False, True, False]
     assert on_cpu[0]["median"] == 2.5 and on_cpu[1]["median"] == pytest.approx(0.48)
@@ -174,7 +176,7 @@ def test_the_breakdown_finds_every_part(tiny, token_windows):
     from hfprune_nb.method.scoring import score
 
     model = tiny()
-    found = speed.breakdown(lambda: score(model, token_windows, ["entropy"], progress=False), model)
+    found = timing.breakdown(lambda: score(model, token_windows, ["entropy"], progress=False), model)
     assert [row["part"] for row in found] == ["forward", "head and criterion", "backward", "importance"]
     assert sum(row["share"] for row in found) == pytest.approx(1) and min(row["share"] for row in found) > 0.005
     assert not model.get_decoder()._forward_hooks and not model.get_decoder()._forward_pre_hooks
@@ -183,14 +185,14 @@ def test_the_breakdown_finds_every_part(tiny, token_windows):
 # Generation
 
 
-@pytest.mark.parametrize("cache", inference.CACHES)
+@pytest.mark.parametrize("cache", CACHES)
 def test_every_model_generates_the_forced_number_of_tokens(tiny, cache, monkeypatch):
     models = {"dense": tiny(), "pruned": tiny(intermediate_size=24)}
-    lengths, rates = [], inference._rates
-    monkeypatch.setattr(inference, "_rates", lambda times, size: (lengths.append(len(times)), rates(times, size))[1])
-    rows = inference.compare(models, [1, 3], prompt_tokens=5, new_tokens=4, repetitions=2, cache=cache, progress=False)
+    lengths, rates = [], _rates
+    monkeypatch.setattr(generation, "_rates", lambda times, size: (lengths.append(len(times)), rates(times, size))[1])
+    rows = compare(models, [1, 3], prompt_tokens=5, new_tokens=4, repetitions=2, cache=cache, progress=False)
     assert lengths == [4] * 8 and len(rows) == 8
-    summary = inference.summarise(rows, models, 5)
+    summary = summarise(rows, models, 5)
     assert [(row["model"], row["batch_size"], row["width"]) for row in summary] == [
         ("dense", 1, 40), ("dense", 3, 40), ("pruned", 1, 24), ("pruned", 3, 24)]  # fmt: skip
     assert summary[0]["parameters"] > summary[2]["parameters"] and summary[0]["prefill_flops"] > summary[2]["prefill_flops"]
@@ -198,27 +200,27 @@ def test_every_model_generates_the_forced_number_of_tokens(tiny, cache, monkeypa
 
 
 def test_rates_come_from_the_times_of_the_tokens():
-    assert inference._rates([1.0, 1.5, 2.0], 8) == {"first_token": 1.0, "per_token": 0.5, "tokens_per_second": 16.0}
+    assert _rates([1.0, 1.5, 2.0], 8) == {"first_token": 1.0, "per_token": 0.5, "tokens_per_second": 16.0}
 
 
 def test_the_clock_of_a_token_starts_before_generation(tiny):
     started = time.perf_counter()
-    times = inference._token_times(tiny(), torch.zeros(1, 4, dtype=torch.long), 3, "dynamic")
+    times = _token_times(tiny(), torch.zeros(1, 4, dtype=torch.long), 3, "dynamic")
     assert len(times) == 3 and 0 < times[0] < times[1] < times[2] <= time.perf_counter() - started
 
 
 def test_bad_generation_settings_are_refused(tiny):
     with pytest.raises(UserError, match="cache 'paged'"):
-        inference.compare({}, [1], cache="paged")
+        compare({}, [1], cache="paged")
     with pytest.raises(UserError, match="new_tokens 1"):
-        inference.compare({}, [1], new_tokens=1)
+        compare({}, [1], new_tokens=1)
 
 
 # Sums in bfloat16
 
 
 def test_equal_contributions_stall_at_256_times_one_of_them():
-    rows = accumulation.study(torch.ones(4, 1, 8) * torch.arange(1, 9), [64, 256, 2048], kept=4, streams=1)
+    rows = study(torch.ones(4, 1, 8) * torch.arange(1, 9), [64, 256, 2048], kept=4, streams=1)
     assert [row["sum_fraction"] for row in rows] == pytest.approx([1, 1, 256 / 2048])
     assert [row["changed"] for row in rows] == [0, 0, 0] and [row["spearman"] for row in rows[:2]] == pytest.approx([1, 1])
     assert rows[2]["spearman"] < 1, "where a sum stalls depends on how its increment is rounded"
@@ -226,24 +228,24 @@ def test_equal_contributions_stall_at_256_times_one_of_them():
 
 def test_exact_sums_change_nothing_and_half_precision_more_with_more_windows():
     contributions = torch.from_numpy(np.random.default_rng(1).gamma(0.5, size=(32, 2, 400)))
-    exact = accumulation.study(contributions, [16, 512], kept=300, importance_dtype=torch.float64)
+    exact = study(contributions, [16, 512], kept=300, importance_dtype=torch.float64)
     assert all(row["changed"] == 0 and row["spearman"] == pytest.approx(1) for row in exact)
-    rows = accumulation.study(contributions, [16, 4096], kept=300, streams=2)
+    rows = study(contributions, [16, 4096], kept=300, streams=2)
     changed = {count: np.mean([row["changed"] for row in rows if row["windows"] == count]) for count in (16, 4096)}
     assert 0 < changed[16] < changed[4096] < 0.25
-    assert len(rows) == 2 * 2 * 2 and rows == accumulation.study(contributions, [16, 4096], kept=300, streams=2)
+    assert len(rows) == 2 * 2 * 2 and rows == study(contributions, [16, 4096], kept=300, streams=2)
 
 
 def test_a_width_that_cannot_be_kept_is_refused():
     with pytest.raises(UserError, match="kept 8"):
-        accumulation.study(torch.ones(2, 1, 8), [2], kept=8)
+        study(torch.ones(2, 1, 8), [2], kept=8)
 
 
 def test_rank_correlation_is_scipy_s_with_ties():
     from scipy.stats import spearmanr
 
     a, b = torch.randint(0, 9, (2, 3, 50), generator=torch.Generator().manual_seed(0))
-    assert accumulation.rank_correlation(a, b) == pytest.approx([spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])
+    assert rank_correlation(a, b) == pytest.approx([spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)])
 
 
 # Tables and figures
@@ -362,8 +364,8 @@ class Bare(PathFinder):
         return None if name.split(".")[0] in absent else PathFinder.find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
-from hfprune_nb import cli
-sys.exit(cli.main(sys.argv[1:]))
+from hfprune_nb.cli.main import main
+sys.exit(main(sys.argv[1:]))
 """
 SMALL = ["--shape", "tiny", "--device", "cpu", "--windows", "2", "--seq-len", "16", "--repetitions", "1", "--multiples", "1", "8",
          "--prompt-tokens", "4", "--new-tokens", "2", "--batch-sizes", "2"]  # fmt: skip
@@ -384,12 +386,12 @@ def test_the_command_needs_torch_and_transformers_only(tmp_path):
 
 
 def test_the_command_names_what_is_wrong(capsys):
-    from hfprune_nb import cli
+    from hfprune_nb.cli.main import main
 
-    assert cli.main(["cost", "--shape", "llama-9", "--device", "cpu"]) == 2
+    assert main.main(["cost", "--shape", "llama-9", "--device", "cpu"]) == 2
     assert "llama-2-7b" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["cost", "--shape", "tiny", "--model", "x"])
+        main.main(["cost", "--shape", "tiny", "--model", "x"])
 
 
 def test_the_stage_runs_without_a_model_to_fetch(monkeypatch, tmp_path):
@@ -407,5 +409,5 @@ def test_the_stage_runs_without_a_model_to_fetch(monkeypatch, tmp_path):
         "cost_bars.svg",
     } <= names
     sums = pd.read_parquet(artifact.path("sums.parquet"))
-    assert sums["windows"].max() == accumulation.PAPER_WINDOWS and sums["changed"].between(0, 1).all()
+    assert sums["windows"].max() == PAPER_WINDOWS and sums["changed"].between(0, 1).all()
     assert "paper: LLaMA-2-7B" in artifact.path("tables/cost_scoring.md").read_text(encoding="utf-8")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from hfprune_nb import criteria
 from hfprune_nb.errors import UserError
-from hfprune_nb.method import criteria
 
 LOGIT_CRITERIA = [
     ("one_hot_ce", {}),

@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
-from hfprune_nb import damage, models
+from hfprune_nb import models
 from hfprune_nb.errors import UserError
+from hfprune_nb.method.scoring.ablation import LOWEST, RANDOM_GROUP, SINGLE, Ablation, changes, first_order, measure, sample
 
 QUIET = {"progress": False}
 
@@ -35,11 +36,11 @@ def test_incremental_ablation_equals_the_whole_model(tiny, token_windows, archit
     model = tiny(architecture, "float64")
     windows = token_windows[:4]
     chosen = [
-        damage.Ablation(layer, neurons, damage.SINGLE)
+        Ablation(layer, neurons, SINGLE)
         for layer in (0, 1, 2)
         for neurons in ((3,), (39,), tuple(range(0, 40, 3)), tuple(range(40)))
     ]
-    found = damage.measure(model, windows, chosen, together=3, **QUIET)
+    found = measure(model, windows, chosen, together=3, **QUIET)
     for row, ablation in zip(found.to_dict("records"), chosen, strict=True):
         expected = whole_model(model, windows, ablation)
         for name, value in expected.items():
@@ -49,8 +50,8 @@ def test_incremental_ablation_equals_the_whole_model(tiny, token_windows, archit
 
 def test_single_window_and_batches_of_any_size_agree(tiny, token_windows):
     model = tiny("llama", "float64")
-    chosen = [damage.Ablation(layer, (neuron,), damage.SINGLE) for layer in (2, 0) for neuron in range(5)]
-    one, many = (damage.measure(model, token_windows[:1], chosen, together=n, **QUIET) for n in (1, 7))
+    chosen = [Ablation(layer, (neuron,), SINGLE) for layer in (2, 0) for neuron in range(5)]
+    one, many = (measure(model, token_windows[:1], chosen, together=n, **QUIET) for n in (1, 7))
     assert list(one["layer"]) == [2] * 5 + [0] * 5, "rows stand in the given order"
     assert many["kl"].to_numpy() == pytest.approx(one["kl"].to_numpy(), rel=1e-9)
 
@@ -58,8 +59,8 @@ def test_single_window_and_batches_of_any_size_agree(tiny, token_windows):
 def test_the_model_is_left_as_it_was(tiny, token_windows):
     model = tiny("qwen2")
     before = model(torch.as_tensor(token_windows)).logits
-    damage.measure(model, token_windows, [damage.Ablation(1, (0, 5), damage.SINGLE)], **QUIET)
-    damage.first_order(model, token_windows[:2], **QUIET)
+    measure(model, token_windows, [Ablation(1, (0, 5), SINGLE)], **QUIET)
+    first_order(model, token_windows[:2], **QUIET)
     assert torch.equal(before, model(torch.as_tensor(token_windows)).logits)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -71,8 +72,8 @@ def test_float32_keeps_changes_far_below_the_rounding_of_a_log_probability():
     dense = dense.float().double()
     shift = (dense + 1e-3 * torch.randn(40, 500, generator=generator, dtype=torch.float64)).float().double() - dense
     next_tokens = torch.randint(500, (40,), generator=generator)
-    exact = damage.changes(dense + shift, dense, torch.log_softmax(dense, -1), next_tokens)
-    single = damage.changes((dense + shift).float(), dense.float(), torch.log_softmax(dense, -1).float(), next_tokens)
+    exact = changes(dense + shift, dense, torch.log_softmax(dense, -1), next_tokens)
+    single = changes((dense + shift).float(), dense.float(), torch.log_softmax(dense, -1).float(), next_tokens)
     for name, ours, truth in zip(("kl", "ce", "entropy"), single, exact, strict=True):
         assert ours.numpy() == pytest.approx(truth.numpy(), rel=2e-3, abs=2e-8), name
     assert exact[0].max() < 2e-6
@@ -82,7 +83,7 @@ def test_first_order_is_the_derivative_of_the_real_change(tiny, token_windows):
     """Shrinking a neuron by a small share changes C by that share of the signed prediction."""
     # The architecture normalises in float32 whatever the weights are, so the share is not tiny and the difference central.
     model, windows, share = tiny("llama", "float64"), token_windows[:3], 0.02
-    predicted = damage.first_order(model, windows, **QUIET)
+    predicted = first_order(model, windows, **QUIET)
     for layer, neuron in ((0, 4), (1, 17), (2, 30)):
         down = models.gated_mlps(model)[layer].down
         ids = torch.as_tensor(windows)
@@ -103,11 +104,11 @@ def test_first_order_is_the_derivative_of_the_real_change(tiny, token_windows):
 
 
 def test_absolute_first_order_is_the_criterion_of_the_scoring_engine(tiny, token_windows):
-    from hfprune_nb import scoring
+    from hfprune_nb.method import scoring
 
     model = tiny("llama", "float64")
     scores = scoring.score(model, token_windows, ["one_hot_ce", "entropy"], progress=False)
-    predicted = damage.first_order(model, token_windows, **QUIET)
+    predicted = first_order(model, token_windows, **QUIET)
     for ours, name in (("abs_ce", "one_hot_ce"), ("abs_entropy", "entropy")):
         assert len(token_windows) * predicted[ours] == pytest.approx(scores.importance[name].numpy(), rel=1e-6)
 
@@ -115,20 +116,20 @@ def test_absolute_first_order_is_the_criterion_of_the_scoring_engine(tiny, token
 def test_the_sample_is_stratified_seeded_and_holds_the_extremes():
     rng = np.random.default_rng(0)
     importance = {"one_hot_ce": rng.exponential(size=(9, 60)), "entropy": rng.exponential(size=(9, 60))}
-    chosen = damage.sample(importance, n_layers=4, n_single=6, group_sizes=[8, 20], n_groups=2, seed=1)
-    assert chosen == damage.sample(importance, 4, 6, [8, 20], 2, 1) != damage.sample(importance, 4, 6, [8, 20], 2, 2)
+    chosen = sample(importance, n_layers=4, n_single=6, group_sizes=[8, 20], n_groups=2, seed=1)
+    assert chosen == sample(importance, 4, 6, [8, 20], 2, 1) != sample(importance, 4, 6, [8, 20], 2, 2)
     assert sorted({a.layer for a in chosen}) == [0, 3, 5, 8]
     for layer in (0, 3, 5, 8):
         here = [a for a in chosen if a.layer == layer]
-        singles = [a.neurons[0] for a in here if a.kind == damage.SINGLE]
+        singles = [a.neurons[0] for a in here if a.kind == SINGLE]
         rank = sum(np.argsort(np.argsort(values[layer])) for values in importance.values())
         assert len(set(singles)) == 6 and np.argmax(rank) in singles and rank[singles].min() < np.quantile(rank, 0.25)
-        assert [len(a.neurons) for a in here if a.kind == damage.RANDOM_GROUP] == [8, 8, 20, 20]
+        assert [len(a.neurons) for a in here if a.kind == RANDOM_GROUP] == [8, 8, 20, 20]
         for name, values in importance.items():
-            (lowest,) = [a for a in here if a.kind == damage.LOWEST + name and len(a.neurons) == 8]
+            (lowest,) = [a for a in here if a.kind == LOWEST + name and len(a.neurons) == 8]
             assert set(lowest.neurons) == set(np.argsort(values[layer])[:8])
     with pytest.raises(UserError, match="group_sizes"):
-        damage.sample(importance, 2, 2, [61], 1, 0)
+        sample(importance, 2, 2, [61], 1, 0)
 
 
 def test_a_model_that_does_more_than_its_layers_is_refused(tiny, token_windows):
@@ -140,4 +141,4 @@ def test_a_model_that_does_more_than_its_layers_is_refused(tiny, token_windows):
 
     model.get_decoder().register_forward_hook(double)
     with pytest.raises(UserError, match="one by one"):
-        damage.measure(model, token_windows[:2], [damage.Ablation(0, (1,), damage.SINGLE)], **QUIET)
+        measure(model, token_windows[:2], [Ablation(0, (1,), SINGLE)], **QUIET)

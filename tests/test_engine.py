@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hfprune_nb import processes
+from hfprune_nb import models, processes
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import models
-from hfprune_nb.method import contributions, scoring, shards, totals
+from hfprune_nb.method import scoring
+from hfprune_nb.method.scoring import accumulator, backward, distributed, engine
+from hfprune_nb.models import loading
 
 THREE = ["one_hot_ce", "entropy", "self_distillation"]
 
@@ -27,7 +28,7 @@ def assert_equal_scores(one, other, rtol=2e-4):
 
 def failing_above(size, error, monkeypatch):
     """Let every batch of more than `size` windows raise, after the forward pass; return the sizes that were tried."""
-    tried, original = [], contributions._Vocabulary.__call__
+    tried, original = [], backward._Vocabulary.__call__
 
     def attempt(self, batch, *rest):
         tried.append(len(batch))
@@ -35,7 +36,7 @@ def failing_above(size, error, monkeypatch):
             raise error
         return original(self, batch, *rest)
 
-    monkeypatch.setattr(contributions._Vocabulary, "__call__", attempt)
+    monkeypatch.setattr(backward._Vocabulary, "__call__", attempt)
     return tried
 
 
@@ -60,7 +61,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_counted_twice(error, ba
 
 
 def test_a_batch_that_failed_in_its_backward_leaves_nothing_in_memory(tiny, token_windows, monkeypatch):
-    original_sum, original_factored, alive = contributions._sum_changes, contributions.factored, []
+    original_sum, original_factored, alive = backward._sum_changes, backward.factored, []
 
     def failing(hidden, gradient):
         if len(hidden) > 2:
@@ -77,8 +78,8 @@ def test_a_batch_that_failed_in_its_backward_leaves_nothing_in_memory(tiny, toke
 
         return original_factored(model, remember)
 
-    monkeypatch.setattr(contributions, "_sum_changes", failing)
-    monkeypatch.setattr(contributions, "factored", watching)
+    monkeypatch.setattr(backward, "_sum_changes", failing)
+    monkeypatch.setattr(backward, "factored", watching)
     assert scoring.score(tiny("llama"), token_windows, ["entropy"], batch_size=4, progress=False).batch_size == 2
     assert len(alive) > 3
 
@@ -98,7 +99,7 @@ def test_another_error_is_not_taken_for_a_full_memory(tiny, token_windows, monke
 
 def test_the_automatic_batch_of_the_cpu_follows_from_shapes_alone(tiny, monkeypatch, caplog):
     caplog.set_level("INFO", logger=scoring.__name__)
-    monkeypatch.setattr(scoring, "CPU_TOKENS", 50)
+    monkeypatch.setattr(engine, "CPU_TOKENS", 50)
     windows = np.random.default_rng(1).integers(0, 61, (9, 12))
     tried = failing_above(99, None, monkeypatch)
     scores = scoring.score(tiny("llama"), windows, ["entropy"], batch_size=0, progress=False)
@@ -109,11 +110,11 @@ def test_the_automatic_batch_of_the_cpu_follows_from_shapes_alone(tiny, monkeypa
 @pytest.mark.parametrize(("free", "expected"), [(800, 2), (100, 1), (10**9, 8)])
 def test_the_batch_of_a_gpu_is_what_the_first_window_shows_to_fit(free, expected, tiny, monkeypatch):
     """The first window takes 250 bytes; four fifths of free memory, a power of two, never more than fills the device."""
-    monkeypatch.setattr(scoring, "CUDA_TOKENS", 120)
+    monkeypatch.setattr(engine, "CUDA_TOKENS", 120)
     for name, value in {"max_memory_allocated": 350, "memory_reserved": 150, "memory_allocated": 100}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 50, 0))
-    scoring_pass = scoring._Pass(tiny("llama"), np.zeros((9, 12)), {}, batch_size=0, checkpoint=None, checkpoint_every=1)
+    scoring_pass = engine._Pass(tiny("llama"), np.zeros((9, 12)), {}, batch_size=0, checkpoint=None, checkpoint_every=1)
     assert scoring_pass._fitting_size({0: 100}) == expected
 
 
@@ -122,14 +123,14 @@ def test_the_batch_of_a_gpu_is_what_the_first_window_shows_to_fit(free, expected
 
 def computed_batches(monkeypatch):
     """Return a list that fills with the windows whose teacher, given to `Contributions` as None, had to be computed."""
-    computed, original = [], contributions.Contributions.__call__
+    computed, original = [], backward.Contributions.__call__
 
     def call(self, windows, teacher_hidden=None):
         if self.student is not None and teacher_hidden is None:
             computed.append(len(windows))
         return original(self, windows, teacher_hidden)
 
-    monkeypatch.setattr(contributions.Contributions, "__call__", call)
+    monkeypatch.setattr(backward.Contributions, "__call__", call)
     return computed
 
 
@@ -148,7 +149,7 @@ def test_a_teacher_that_was_kept_is_the_one_that_would_be_computed(
     computed = computed_batches(monkeypatch)
     kept = scoring.score(model, token_windows, THREE, **settings)
     assert computed == []
-    monkeypatch.setattr(scoring, "TEACHER_BYTES", 0)
+    monkeypatch.setattr(engine, "TEACHER_BYTES", 0)
     again = scoring.score(model, token_windows, THREE, **settings)
     assert sum(computed) == 9
     assert bytes_of(again, tmp_path) == bytes_of(kept, tmp_path)
@@ -159,14 +160,14 @@ def test_no_more_of_the_teacher_is_kept_than_the_limit(tiny, token_windows, tmp_
     """A batch of two windows takes 2 * 12 * 16 float32 numbers: two of them fit, the third and fourth do not, the last does."""
     settings = {"batch_size": 2, "progress": False}
     whole = scoring.score(tiny("llama"), token_windows, THREE, **settings)
-    held, keep = [], scoring._Teacher.keep
+    held, keep = [], engine._Teacher.keep
 
     def watched(self, places, hidden):
         keep(self, places, hidden)
         held.append(sum(states.untyped_storage().nbytes() for states in self.states.values()))
 
-    monkeypatch.setattr(scoring._Teacher, "keep", watched)
-    monkeypatch.setattr(scoring, "TEACHER_BYTES", 5 * 12 * 16 * 4)
+    monkeypatch.setattr(engine._Teacher, "keep", watched)
+    monkeypatch.setattr(engine, "TEACHER_BYTES", 5 * 12 * 16 * 4)
     computed = computed_batches(monkeypatch)
     limited = scoring.score(tiny("llama"), token_windows, THREE, **settings)
     window = 12 * 16 * 4
@@ -175,8 +176,8 @@ def test_no_more_of_the_teacher_is_kept_than_the_limit(tiny, token_windows, tmp_
 
 
 def test_nothing_is_kept_where_no_criterion_has_a_teacher(tiny, token_windows, monkeypatch):
-    teachers, original = [], scoring._Teacher.__init__
-    monkeypatch.setattr(scoring._Teacher, "__init__", lambda self, limit: teachers.append(self) or original(self, limit))
+    teachers, original = [], engine._Teacher.__init__
+    monkeypatch.setattr(engine._Teacher, "__init__", lambda self, limit: teachers.append(self) or original(self, limit))
     scoring.score(tiny("llama"), token_windows, ["one_hot_ce", "entropy", "magnitude"], progress=False)
     assert [teacher.states for teacher in teachers] == [{}]
     scoring.score(tiny("llama"), token_windows, THREE, progress=False)
@@ -186,31 +187,31 @@ def test_nothing_is_kept_where_no_criterion_has_a_teacher(tiny, token_windows, m
 def test_the_teacher_of_a_batch_that_was_halved_is_computed_for_the_halves(tiny, token_windows, tmp_path, monkeypatch):
     """The student, which needs more memory, does not fit in the dense model's batches."""
     settings = {"batch_size": 4, "progress": False}
-    computed, original = computed_batches(monkeypatch), contributions._Vocabulary.__call__
+    computed, original = computed_batches(monkeypatch), backward._Vocabulary.__call__
 
     def attempt(self, batch, hidden, teacher_hidden):
         if teacher_hidden is not None and len(batch) > 2:
             raise MemoryError
         return original(self, batch, hidden, teacher_hidden)
 
-    monkeypatch.setattr(contributions._Vocabulary, "__call__", attempt)
+    monkeypatch.setattr(backward._Vocabulary, "__call__", attempt)
     kept = scoring.score(tiny("llama"), token_windows, THREE, **settings)
     assert kept.batch_size == 2 and computed == [2, 2, 2, 2], "only the last batch, of one window, is as it was"
-    monkeypatch.setattr(scoring, "TEACHER_BYTES", 0)
+    monkeypatch.setattr(engine, "TEACHER_BYTES", 0)
     assert bytes_of(scoring.score(tiny("llama"), token_windows, THREE, **settings), tmp_path) == bytes_of(kept, tmp_path)
 
 
 def test_batches_that_the_first_window_decides_are_the_same_in_both_stages(tiny, token_windows, monkeypatch):
     """As on a GPU, where the first window is scored alone and shows how many fit."""
-    monkeypatch.setattr(scoring._Pass, "_first_size", lambda self: 1)
-    monkeypatch.setattr(scoring._Pass, "_fitting_size", lambda self, before: 4)
-    original = scoring._Pass.__init__
+    monkeypatch.setattr(engine._Pass, "_first_size", lambda self: 1)
+    monkeypatch.setattr(engine._Pass, "_fitting_size", lambda self, before: 4)
+    original = engine._Pass.__init__
 
     def on_gpu(self, *arguments, **settings):
         original(self, *arguments, **settings)
         self.gpus = {"a GPU"}
 
-    monkeypatch.setattr(scoring._Pass, "__init__", on_gpu)
+    monkeypatch.setattr(engine._Pass, "__init__", on_gpu)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     tried, computed = failing_above(99, None, monkeypatch), computed_batches(monkeypatch)
@@ -303,7 +304,7 @@ def test_snapshots_of_self_distillation_have_the_student_of_the_full_first_stage
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])])
 def test_borders_are_powers_of_two_and_the_total(count, expected):
-    assert totals.borders(count) == expected
+    assert accumulator.borders(count) == expected
 
 
 # Checkpoints
@@ -315,7 +316,7 @@ class Killed(BaseException):
 
 def stop_after(count, monkeypatch):
     """Let the engine be killed when it has added `count` batches; return the real method."""
-    original, calls = totals.Totals.add, []
+    original, calls = accumulator.Totals.add, []
 
     def add(self, *arguments):
         if len(calls) == count:
@@ -323,7 +324,7 @@ def stop_after(count, monkeypatch):
         calls.append(None)
         original(self, *arguments)
 
-    monkeypatch.setattr(totals.Totals, "add", add)
+    monkeypatch.setattr(accumulator.Totals, "add", add)
     return original
 
 
@@ -336,7 +337,7 @@ def test_a_resumed_run_gives_the_same_bytes(after, tiny, token_windows, tmp_path
     with pytest.raises(Killed):
         scoring.score(tiny("llama"), token_windows, THREE, checkpoint=tmp_path / "checkpoint", **settings)
     added = []
-    monkeypatch.setattr(totals.Totals, "add", lambda self, *rest: added.append(None) or original(self, *rest))
+    monkeypatch.setattr(accumulator.Totals, "add", lambda self, *rest: added.append(None) or original(self, *rest))
     resumed = scoring.score(tiny("llama"), token_windows, THREE, checkpoint=tmp_path / "checkpoint", **settings)
     resumed.save(tmp_path / "resumed.safetensors")
     resumed.save_snapshots(tmp_path / "snapshots.safetensors")
@@ -351,7 +352,7 @@ def test_a_batch_size_that_shrank_is_remembered(tiny, token_windows, tmp_path, m
     original = stop_after(1, monkeypatch)
     with pytest.raises(Killed):
         scoring.score(tiny("llama"), token_windows, ["entropy"], **settings)
-    monkeypatch.setattr(totals.Totals, "add", original)
+    monkeypatch.setattr(accumulator.Totals, "add", original)
     tried = failing_above(99, None, monkeypatch)
     assert scoring.score(tiny("llama"), token_windows, ["entropy"], **settings).batch_size == 2
     assert tried == [2, 2, 2, 1]
@@ -388,8 +389,8 @@ def one_thread(monkeypatch):
 
 def test_two_processes_give_the_scores_of_one(one_thread, token_windows, tmp_path):
     settings = {"dtype": "float32", "device": "cpu", "batch_size": 2, "first_stage_ratio": 0.1, "progress": False}
-    one = shards.score(models.TINY, token_windows, THREE, folder=tmp_path / "one", **settings)
-    two = shards.score(models.TINY, token_windows, THREE, folder=tmp_path / "two", processes=2, **settings)
+    one = distributed.score(models.TINY, token_windows, THREE, folder=tmp_path / "one", **settings)
+    two = distributed.score(models.TINY, token_windows, THREE, folder=tmp_path / "two", processes=2, **settings)
     assert_equal_scores(two, one)
     assert two.tokens == one.tokens and two.mean_value == pytest.approx(one.mean_value, rel=1e-5)
     assert list(two.snapshots) == list(one.snapshots)
@@ -420,7 +421,7 @@ def alone_in_a_group(monkeypatch):
 def test_a_process_leaves_its_reason_when_it_fails(alone_in_a_group, token_windows, tmp_path):
     write_request(tmp_path, token_windows, ["entropie"])
     with pytest.raises(UserError):
-        shards.main([str(tmp_path)])
+        distributed.main([str(tmp_path)])
     assert (tmp_path / "error.0.txt").read_text().startswith("criterion 'entropie' is unknown")
 
 
@@ -434,7 +435,7 @@ def test_a_process_that_fails_is_told_in_one_sentence(reason, token_windows, tmp
     monkeypatch.setattr(processes, "_run", run)
     words = "process 1 of 2 failed.*no memory left" if reason else "a process of 2 failed.*SIGKILL"
     with pytest.raises(UserError, match=words) as caught:
-        shards.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, processes=2, device="cpu", progress=False)
+        distributed.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, processes=2, device="cpu", progress=False)
     assert "\n" not in str(caught.value)
 
 
@@ -447,7 +448,7 @@ def test_a_process_that_fails_is_told_in_one_sentence(reason, token_windows, tmp
 )
 def test_processes_that_cannot_be_started_are_refused(settings, words, token_windows, tmp_path):
     with pytest.raises(UserError, match=words):
-        shards.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, **settings)
+        distributed.score(models.TINY, token_windows, ["entropy"], folder=tmp_path, **settings)
 
 
 # The package alone
@@ -469,14 +470,15 @@ BLOCKED = (
 
 def test_scoring_needs_only_torch_and_transformers(tmp_path):
     """`hfprune cost` runs from the package alone: a model made here is loaded by its folder and scored."""
-    folder = models._source(models.TINY)
+    folder = loading._source(models.TINY)
     code = f"""
 import json, sys
 for name in {BLOCKED!r}:
     sys.modules[name] = None
 import numpy
-from hfprune_nb.inputs import models
-from hfprune_nb.method import scoring, shards
+from hfprune_nb import models
+from hfprune_nb.method import scoring
+from hfprune_nb.method.scoring import distributed as shards
 model, _ = models.load({folder!r}, device="cpu")
 windows = numpy.random.default_rng(0).integers(0, 384, (2, 8))
 print(json.dumps([models.aliases(), scoring.score(model, windows, ["entropy"], progress=False).tokens]))

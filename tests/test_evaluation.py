@@ -21,9 +21,10 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 from scipy.stats import entropy
 
-from hfprune_nb import data_parallel, evaluation, fidelity, models, tasks
+from hfprune_nb import models
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs.benchmarks import BENCHMARKS
+from hfprune_nb.measure import distributed, evaluation, fidelity, tasks
 from hfprune_nb.measure import harness as harness_module
 from hfprune_nb.measure.harness import Row, SharedPrefixLM
 
@@ -215,11 +216,11 @@ def test_fidelity_equals_both_models_compared_directly(tiny, token_windows):
 
 
 def test_the_stored_reference_is_read_back_unchanged(tiny, token_windows, tmp_path):
-    from hfprune_nb import pruning
+    from hfprune_nb import files
 
     hidden = {"one": evaluation.held_out(tiny(), token_windows, 3, progress=False).hidden, "two": torch.zeros(2, 3, 16)[:, ::2]}
     evaluation.save_reference(hidden, tmp_path / "reference.safetensors")
-    read = pruning.load_tensors(tmp_path / "reference.safetensors")
+    read = files.load_tensors(tmp_path / "reference.safetensors")
     assert read.keys() == hidden.keys() and all(torch.equal(read[corpus], hidden[corpus]) for corpus in hidden)
 
 
@@ -408,7 +409,7 @@ def test_two_processes_answer_as_one(tiny_alias, two_tasks, monkeypatch, tmp_pat
     monkeypatch.setenv("HFPRUNE_HOME", str(home))
     arguments = {"source": "local", "limit": 7, "batch_size": 2}
     one, *expected = evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments)
-    two, *facts = data_parallel.benchmark_items(*tiny_alias, two_tasks, **arguments, scratch=tmp_path, processes=2)
+    two, *facts = distributed.benchmark_items(*tiny_alias, two_tasks, **arguments, scratch=tmp_path, processes=2)
     pd.testing.assert_frame_equal(two, one)
     assert facts == expected
     assert json.loads((tmp_path / "request.json").read_text())["model"]["dtype"] == "float32"
@@ -417,11 +418,11 @@ def test_two_processes_answer_as_one(tiny_alias, two_tasks, monkeypatch, tmp_pat
 @pytest.mark.parametrize(("processes", "limit", "most"), [(0, 0, 24), (25, 30, 24), (25, 0, 24), (4, 3, 3)])
 def test_more_processes_than_items_are_refused(tiny_alias, processes, limit, most, tmp_path):
     with pytest.raises(UserError, match=f"processes {processes} is outside 1 to {most}, the number of items of smoke_choice"):
-        data_parallel.benchmark_items(*tiny_alias, ["smoke_choice"], "local", limit, scratch=tmp_path, processes=processes)
+        distributed.benchmark_items(*tiny_alias, ["smoke_choice"], "local", limit, scratch=tmp_path, processes=processes)
 
 
 def test_several_processes_have_nothing_to_share_without_a_task(tiny_alias, tmp_path):
-    items, protocol, _ = data_parallel.benchmark_items(*tiny_alias, [], scratch=tmp_path, processes=2)
+    items, protocol, _ = distributed.benchmark_items(*tiny_alias, [], scratch=tmp_path, processes=2)
     assert items.empty and protocol == {} and not list(tmp_path.iterdir())
 
 

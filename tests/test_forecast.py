@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import toys
 
+from hfprune_nb.files import read_json
 from hfprune_nb.runs import forecast, study
-from hfprune_nb.runs.artifacts import Artifact, read_json
+from hfprune_nb.runs.artifacts import Artifact
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MEASURED = sorted(RESULTS.glob("offline*/cards.json"))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from hfprune_nb import models
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import models
+from hfprune_nb.models import loading
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_tiny_alias_is_deterministic_and_cached(own_cache, monkeypatch):
     first, tokenizer = models.load(models.TINY, dtype="float32", device="cpu")
-    monkeypatch.setattr(models, "_write_tiny", lambda folder: pytest.fail("written twice"))
+    monkeypatch.setattr(loading, "_write_tiny", lambda folder: pytest.fail("written twice"))
     second, _ = models.load(models.TINY, dtype="float32", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in first.parameters()) and not first.training
@@ -25,7 +26,7 @@ def test_tiny_alias_is_deterministic_and_cached(own_cache, monkeypatch):
 
 
 def test_local_folder_loads_in_every_dtype(own_cache):
-    folder = models._source(models.TINY)
+    folder = loading._source(models.TINY)
     for name, dtype in models.DTYPES.items():
         model, _ = models.load(folder, dtype=name, device="cpu")
         assert next(model.parameters()).dtype == dtype
@@ -75,7 +76,7 @@ def test_gguf_file_is_dequantised_once(own_cache, tiny, monkeypatch):
     mlps = models.gated_mlps(loaded)
     expected = state["model.layers.1.mlp.down_proj.weight"].to(torch.bfloat16).float()
     assert torch.equal(mlps[1].down.weight, expected), "weights differ from the file's, rounded to bfloat16"
-    monkeypatch.setattr(models, "_convert_gguf", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(loading, "_convert_gguf", lambda *_: pytest.fail("converted twice"))
     models.load(str(file), dtype="bfloat16", device="cpu")
 
 

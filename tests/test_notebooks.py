@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from hfprune_nb import stage, study
 from hfprune_nb.errors import UserError
+from hfprune_nb.runs import stage, study
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from hfprune_nb import files, models
+from hfprune_nb.allocations import uniform
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import models
-from hfprune_nb.method import allocation, compensation, pruning
-from hfprune_nb.method.activations import replaced, silenced
+from hfprune_nb.method import compensation, pruning, selection
+from hfprune_nb.models.hooks import replaced, silenced
 
 
 def importance_of(model, seed=0):
@@ -26,8 +27,8 @@ def importance_of(model, seed=0):
 def test_narrow_model_equals_silenced_model_and_reloads_without_our_code(architecture, tiny, tmp_path):
     model = tiny(architecture)
     tokens = torch.randint(0, 61, (2, 10))
-    plan = pruning.allocate(model, neuron_ratio=0.3)
-    kept = pruning.kept_neurons(importance_of(model), plan.width_after)
+    plan = selection.allocate(model, neuron_ratio=0.3)
+    kept = selection.kept_neurons(importance_of(model), plan.width_after)
     with torch.no_grad(), silenced(model, kept):
         expected = model(input_ids=tokens).logits
     narrow = pruning.narrow(model, kept)
@@ -58,7 +59,7 @@ def test_achieved_ratio_is_within_one_neuron_per_layer(sizes, ratio, of_neurons)
     dense = layers * width * per_neuron + rest
     chosen = {"neuron_ratio": ratio} if of_neurons else {"ratio": ratio}
     try:
-        plan = allocation.uniform(layers, width, per_neuron, dense, **chosen)
+        plan = uniform.uniform(layers, width, per_neuron, dense, **chosen)
     except UserError:
         reachable = ratio * width if of_neurons else ratio * dense / (layers * per_neuron)
         assert reachable < 0.5 + 1e-6 or reachable > width - 0.5 - 1e-6
@@ -73,8 +74,8 @@ def test_achieved_ratio_is_within_one_neuron_per_layer(sizes, ratio, of_neurons)
 @given(st.integers(1, 40), st.integers(2, 5000), st.floats(0.01, 0.99), st.integers(1, 512))
 def test_multiple_of_gives_a_multiple_that_is_nearest(layers, width, ratio, multiple):
     try:
-        exact = allocation.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio).width_after[0]
-        kept = allocation.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio, multiple_of=multiple).width_after[0]
+        exact = uniform.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio).width_after[0]
+        kept = uniform.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio, multiple_of=multiple).width_after[0]
     except UserError:
         return
     assert kept % multiple == 0 and kept >= multiple
@@ -84,20 +85,20 @@ def test_multiple_of_gives_a_multiple_that_is_nearest(layers, width, ratio, mult
 def test_more_pruning_removes_a_superset(tiny):
     model = tiny("llama")
     importance = importance_of(model)
-    kept = [pruning.kept_neurons(importance, pruning.allocate(model, neuron_ratio=ratio).width_after) for ratio in (0.2, 0.5)]
+    kept = [selection.kept_neurons(importance, selection.allocate(model, neuron_ratio=ratio).width_after) for ratio in (0.2, 0.5)]
     for layer in range(len(importance)):
         assert set(kept[1][layer].tolist()) < set(kept[0][layer].tolist())
 
 
 def test_the_most_important_are_kept_in_ascending_order_and_ties_are_settled():
     importance = torch.tensor([[3.0, 1.0, 2.0, 1.0]])
-    assert pruning.kept_neurons(importance, [2]).tolist() == [[0, 2]]
-    assert pruning.kept_neurons(importance, [3]).tolist() == [[0, 2, 3]]
+    assert selection.kept_neurons(importance, [2]).tolist() == [[0, 2]]
+    assert selection.kept_neurons(importance, [3]).tolist() == [[0, 2, 3]]
 
 
 def test_ratio_arithmetic_reproduces_the_published_table_9_computation():
     # LLaMA-2-7B: 32 layers, hidden 4096, intermediate 11008, 6,738,415,616 parameters; 20 % of all is 31.1 % of the neurons.
-    plan = allocation.uniform(32, 11008, 3 * 4096, 6_738_415_616, ratio=0.2)
+    plan = uniform.uniform(32, 11008, 3 * 4096, 6_738_415_616, ratio=0.2)
     assert round(100 * plan.neuron_ratio, 1) == 31.1 and abs(plan.achieved_ratio - 0.2) < 1e-4
 
 
@@ -117,7 +118,7 @@ def test_ratio_arithmetic_reproduces_the_published_table_9_computation():
 )
 def test_bad_requests_get_one_sentence(chosen, words, tiny):
     with pytest.raises(UserError, match=words) as caught:
-        pruning.allocate(tiny("llama"), **chosen)
+        selection.allocate(tiny("llama"), **chosen)
     assert "\n" not in str(caught.value)
 
 
@@ -142,7 +143,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pruning, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(UserError, match="disk is full"):
         pruning.save_kept(torch.tensor([[0]]), tmp_path / "kept.safetensors")
 
@@ -172,7 +173,7 @@ def biased_model():
 
 
 def some_kept(model, width=24):
-    return pruning.kept_neurons(importance_of(model), [width] * len(models.gated_mlps(model)))
+    return selection.kept_neurons(importance_of(model), [width] * len(models.gated_mlps(model)))
 
 
 @pytest.mark.parametrize(("architecture", "bias"), [("llama", False), ("qwen2", False), ("phi3", False), ("llama-biases", True)])
@@ -199,7 +200,7 @@ def test_compensation_is_the_closed_form_optimum(architecture, bias, tiny, token
 @given(st.floats(1e-8, 1e6), st.integers(1, 39), st.booleans(), st.integers(0, 9))
 def test_compensation_never_rebuilds_its_own_text_worse_than_slicing(ridge, width, bias, seed):
     model = biased_model()
-    kept = pruning.kept_neurons(importance_of(model, seed), [width] * 3)
+    kept = selection.kept_neurons(importance_of(model, seed), [width] * 3)
     windows = np.random.default_rng(seed).integers(0, 61, (2, 6))  # fewer tokens than neurons: singular without the ridge
     repaired, errors = compensation.least_squares(model, windows, kept, bias, ridge, progress=False)
     assert (errors["repaired"] <= errors["slicing"] * (1 + 1e-9)).all() and np.isfinite(errors).all(axis=None)
@@ -234,7 +235,7 @@ def test_a_repaired_model_is_rebuilt_from_its_folder_and_reloads_without_our_cod
     kept = some_kept(dense)
     repaired, _ = compensation.least_squares(dense, token_windows, kept, bias, progress=False)
     pruning.save_kept(kept, tmp_path / "kept.safetensors")
-    pruning.save_tensors(repaired, tmp_path / "repaired.safetensors")
+    files.save_tensors(repaired, tmp_path / "repaired.safetensors")
     tokens = torch.as_tensor(token_windows)
     with torch.no_grad():
         expected = pruning.repair(pruning.narrow(dense, kept), repaired)(input_ids=tokens).logits

@@ -8,7 +8,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from hfprune_nb import calibration, evaluation, models, pruning, scoring
+from hfprune_nb import models
+from hfprune_nb.inputs import calibration
+from hfprune_nb.measure import evaluation
+from hfprune_nb.method import pruning, scoring, selection
+from hfprune_nb.models import loading
 
 pytestmark = pytest.mark.registry
 
@@ -96,7 +100,7 @@ def test_real_criteria_rank_neurons_differently(scores):
 
 
 def test_the_second_load_converts_nothing(registry, dense, monkeypatch):
-    monkeypatch.setattr(models, "_convert_gguf", lambda *_: pytest.fail("the GGUF file was converted again"))
+    monkeypatch.setattr(loading, "_convert_gguf", lambda *_: pytest.fail("the GGUF file was converted again"))
     began = time.monotonic()
     again, _ = models.load(NAME, dtype="float32", device="cpu")
     assert time.monotonic() - began < 20
@@ -127,8 +131,8 @@ def test_a_pruned_checkpoint_is_a_plain_transformers_model(dense, text, scores, 
 
     model, tokenizer = models.load(NAME, dtype="bfloat16", device="cpu")
     before = models.count_parameters(model)
-    plan = pruning.allocate(model, ratio=0.2)
-    kept = pruning.kept_neurons(torch.from_numpy(scores["entropy"]), plan.width_after)
+    plan = selection.allocate(model, ratio=0.2)
+    kept = selection.kept_neurons(torch.from_numpy(scores["entropy"]), plan.width_after)
     pruning.save_checkpoint(pruning.narrow(model, kept), tokenizer, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["intermediate_size"] == plan.width_after[0] < 1536 and "auto_map" not in stored

@@ -11,11 +11,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from hfprune_nb import criteria, models
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import instructions, models
+from hfprune_nb.inputs import instructions
 from hfprune_nb.inputs.instructions import NO_LOSS, Record, Row
 from hfprune_nb.measure import evaluation
-from hfprune_nb.method import criteria, pruning, recovery
+from hfprune_nb.method import pruning, recovery
+from hfprune_nb.method.recovery import training
+from hfprune_nb.method.recovery.loss import Objective
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +203,7 @@ def test_chunked_loss_equals_autograd(architecture, distillation, tiny):
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     teachers = (teacher, models.head(teacher)) if distillation else None
     for chunk_size in (3, 1000):
-        objective = recovery._Objective(model, models.head(model), teachers, distillation, temperature, chunk_size)
+        objective = Objective(model, models.head(model), teachers, distillation, temperature, chunk_size)
         found = objective(**batch)["loss"]
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
         for one, other in zip(torch.autograd.grad(found, list(model.parameters())), gradients, strict=True):
@@ -277,7 +280,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(name, tokenizer, tmp_path, 
         return models.load(models.TINY, "float32", "cpu")[0]
 
     whole = tune(fresh(), tokenizer, tmp_path / "whole", name)
-    step, calls = recovery._Trainer.training_step, []
+    step, calls = training._Trainer.training_step, []
 
     def die(self, *given):
         calls.append(1)
@@ -285,7 +288,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(name, tokenizer, tmp_path, 
             raise KeyboardInterrupt
         return step(self, *given)
 
-    monkeypatch.setattr(recovery._Trainer, "training_step", die)
+    monkeypatch.setattr(training._Trainer, "training_step", die)
     with pytest.raises(KeyboardInterrupt):
         tune(fresh(), tokenizer, tmp_path / "killed", name)
     # A kill while a checkpoint is written leaves a part of one.

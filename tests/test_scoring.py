@@ -6,10 +6,11 @@ import torch
 from conftest import ARCHITECTURES
 from scipy.stats import spearmanr
 
+from hfprune_nb import models
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import models
-from hfprune_nb.method import attention, pruning, scoring
-from hfprune_nb.method.activations import replaced, silenced
+from hfprune_nb.method import scoring, selection
+from hfprune_nb.models import cpu_attention
+from hfprune_nb.models.hooks import replaced, silenced
 
 THREE = ["one_hot_ce", "entropy", "self_distillation"]
 
@@ -52,7 +53,7 @@ def test_one_pass_equals_the_naive_loop(architecture, tiny, token_windows):
     for criterion in ("one_hot_ce", "entropy"):
         torch.testing.assert_close(scores.importance[criterion], naive(model, token_windows, criterion), rtol=1e-5, atol=1e-9)
     first = scores.importance["one_hot_ce"]
-    kept = pruning.kept_neurons(first, [36] * len(first))
+    kept = selection.kept_neurons(first, [36] * len(first))
     expected = naive(model, token_windows, "self_distillation", kept)
     found = scores.importance["self_distillation"]
     torch.testing.assert_close(found.gather(1, kept), expected.gather(1, kept), rtol=1e-5, atol=1e-9)
@@ -219,10 +220,10 @@ def test_scores_of_another_model_or_a_truncated_file_are_refused(tiny, token_win
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma"])
 def test_attention_in_blocks_is_the_same_attention(architecture, tiny, token_windows, monkeypatch):
     """The engine's own attention against the model's, with windows that are no multiple of the block and heads in groups."""
-    monkeypatch.setattr(attention, "_BLOCK", 5)
+    monkeypatch.setattr(cpu_attention, "_BLOCK", 5)
     model = tiny(architecture, dtype="float64", num_attention_heads=4, num_key_value_heads=2)
     calls = []
-    monkeypatch.setattr(attention._CausalBlocks, "apply", spied(attention._CausalBlocks.apply, calls))
+    monkeypatch.setattr(cpu_attention._CausalBlocks, "apply", spied(cpu_attention._CausalBlocks.apply, calls))
     found = scoring.score(model, token_windows, ["entropy"], progress=False).importance["entropy"]
     assert calls and model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(found, naive(model, token_windows, "entropy"), rtol=1e-5, atol=1e-9)
@@ -233,7 +234,7 @@ def test_attention_probabilities_are_as_good_as_float32_makes_them(dtype):
     """Whatever the dtype of queries and keys, their products are exact and summed in float32: bfloat16 sums would be 0.01 off."""
     generator = torch.Generator().manual_seed(0)
     query, key = (3 * torch.randn(1, heads, 150, 64, generator=generator).to(dtype) for heads in (6, 2))
-    for block, p in attention._probabilities(query, key, 0.125):
+    for block, p in cpu_attention._probabilities(query, key, 0.125):
         scores = query.double()[:, :, block] @ key.double().repeat_interleave(3, 1)[:, :, : block.stop].mT * 0.125
         later = torch.arange(block.stop) > torch.arange(block.start, block.stop)[:, None]
         expected = torch.softmax(scores.masked_fill(later, -torch.inf), -1)
@@ -246,7 +247,7 @@ def spied(function, calls):
 
 def test_attention_that_is_not_plainly_causal_is_left_to_torch(tiny, token_windows, monkeypatch):
     model, calls = tiny("mistral", dtype="float64", sliding_window=4), []
-    monkeypatch.setattr(attention._CausalBlocks, "apply", spied(attention._CausalBlocks.apply, calls))
+    monkeypatch.setattr(cpu_attention._CausalBlocks, "apply", spied(cpu_attention._CausalBlocks.apply, calls))
     found = scoring.score(model, token_windows, ["entropy"], progress=False).importance["entropy"]
     assert not calls
     torch.testing.assert_close(found, naive(model, token_windows, "entropy"), rtol=1e-5, atol=1e-9)
@@ -255,6 +256,6 @@ def test_attention_that_is_not_plainly_causal_is_left_to_torch(tiny, token_windo
 def test_a_model_loaded_with_another_attention_keeps_it(tiny, token_windows, monkeypatch):
     model, calls = tiny("llama"), []
     model.set_attn_implementation("eager")
-    monkeypatch.setattr(attention._CausalBlocks, "apply", spied(attention._CausalBlocks.apply, calls))
+    monkeypatch.setattr(cpu_attention._CausalBlocks, "apply", spied(cpu_attention._CausalBlocks.apply, calls))
     scoring.score(model, token_windows, ["entropy"], progress=False)
     assert not calls and model.config._attn_implementation == "eager"

@@ -17,8 +17,9 @@ import toys
 
 from hfprune_nb import paths, progress
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import read_json
 from hfprune_nb.runs import kernel, publication, stage, study
-from hfprune_nb.runs.artifacts import Artifact, read_json
+from hfprune_nb.runs.artifacts import Artifact
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +320,7 @@ def test_interrupt_leaves_no_kernel_and_no_trace(project):
     toys.write_stage(project, "calibration", "01_calibration.ipynb", toys.CALIBRATION, before=hang)
     loaded = study.load("toy")
     shutil.rmtree(loaded.folder / "calibration")
-    code = "import sys; from hfprune_nb.cli import main; sys.exit(main())"
+    code = "import sys; from hfprune_nb.cli.main import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "study", "run", "toy"],
         env=os.environ | {"PYTHONPATH": os.getcwd()},

@@ -16,8 +16,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from test_calibration import PROJECT, byte_tokenizer, silent
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hfprune_nb import assets, benchmarks, tasks
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import assets, benchmarks
+from hfprune_nb.measure import tasks
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ SNAKEMAKE = shutil.which(os.environ.get("SNAKEMAKE", "snakemake")) or "snakemake
 def hfprune(tmp_path_factory):
     """The command `hfprune` of this checkout as an executable file."""
     path = tmp_path_factory.mktemp("bin") / "hfprune"
-    call = f"{sys.executable} -c 'import sys; from hfprune_nb.cli import main; sys.exit(main())'"
+    call = f"{sys.executable} -c 'import sys; from hfprune_nb.cli.main import main; sys.exit(main())'"
     path.write_text(f'#!/bin/sh\nexport PYTHONPATH={PROJECT}\nexec {call} "$@"\n')
     path.chmod(0o755)
     return path
@@ -80,10 +80,10 @@ def test_the_readme_names_profiles_files_and_options_that_exist(capsys):
         assert f"workflow/profiles/{name}" in text
     for name in ("Dockerfile", "kubernetes.yaml"):
         assert f"workflow/{name}" in text and (WORKFLOW / name).is_file()
-    from hfprune_nb import cli
+    from hfprune_nb.cli.main import main
 
     with pytest.raises(SystemExit):
-        cli.main(["study", "run", "--help"])
+        main.main(["study", "run", "--help"])
     assert "--gpus" in capsys.readouterr().out
 
 

@@ -43,7 +43,7 @@ QUESTIONS = (
     "[read(artifact) for artifact in run.inputs['experiments']]",
 )
 STEP = """\
-from hfprune_nb import stage
+from hfprune_nb.runs import stage
 
 run = stage.start("{stage}", study, {passed})
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import assets
-from hfprune_nb.inputs.models import Head, final_hidden, head
 from hfprune_nb.measure import fidelity
 from hfprune_nb.measure.harness import SharedPrefixLM
 from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric, skipped
+from hfprune_nb.models import Head, final_hidden, head
 from hfprune_nb.progress import bar
 
 ITEM_COLUMNS = ["task", "doc_id", "doc_hash", "metric", "value"]

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from hfprune_nb import processes
-from hfprune_nb.inputs.models import Head, head
+from hfprune_nb.models import Head, head
 
 POSITIONS_AT_ONCE = 256
 # Requests that begin with this many equal tokens, or with half of theirs, belong together: mostly the choices of a question.

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs.models import final_hidden, gated_mlps
-from hfprune_nb.method.activations import replaced
 from hfprune_nb.method.pruning import check_takes_bias
+from hfprune_nb.models import final_hidden, gated_mlps
+from hfprune_nb.models.hooks import replaced
 from hfprune_nb.progress import bar
 
 KINDS = ("none", "least_squares", "least_squares_bias")

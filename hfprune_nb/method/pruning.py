@@ -1,53 +1,13 @@
 """From importance to a narrower model that any transformers installation loads."""
 
-import contextlib
-import errno
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs.models import count_parameters, gated_mlps
-from hfprune_nb.method import allocation
-
-
-def allocate(model, ratio: float = 0.0, neuron_ratio: float = 0.0, multiple_of: int = 1, rule: str = "uniform"):
-    """Return the `Allocation` for `model`; arguments and errors as in `allocation.uniform`, `rule` names the allocation."""
-    if rule != "uniform":
-        raise UserError(f"allocation '{rule}' is unknown: the only one is uniform.")
-    mlps = gated_mlps(model)
-    widths, sizes = {mlp.width for mlp in mlps}, {mlp.parameters_per_neuron for mlp in mlps}
-    if len(widths) > 1 or len(sizes) > 1:
-        raise UserError(f"model: layers have different MLP widths ({sorted(widths)}), which a uniform allocation cannot narrow.")
-    return allocation.uniform(len(mlps), widths.pop(), sizes.pop(), count_parameters(model), ratio, neuron_ratio, multiple_of)
-
-
-def kept_neurons(importance: torch.Tensor, width_after: list[int]) -> torch.Tensor:
-    """Return the indices (layers, neurons kept), ascending, of the most important neurons of each layer.
-
-    importance : (layers, neurons), higher = keep; of equals, the one with the lower index is removed first. Raises UserError when
-    it holds NaN or is the same everywhere in a layer.
-    """
-    check_importance(importance)
-    order = torch.argsort(importance, dim=1, stable=True)
-    rows = [order[layer, -width:].sort().values for layer, width in enumerate(width_after)]
-    return torch.stack(rows)
-
-
-def check_importance(importance: torch.Tensor, criterion: str = "importance") -> None:
-    """Raise UserError when importance (layers, neurons) is not finite or does not tell the neurons of a layer apart."""
-    if not torch.isfinite(importance).all():
-        layer = int((~torch.isfinite(importance)).any(dim=1).nonzero()[0])
-        raise UserError(
-            f"{criterion}: scores of layer {layer} are NaN or infinite: score with dtype float32, or check the weights."
-        )
-    flat = (importance == importance[:, :1]).all(dim=1)
-    if importance.shape[1] > 1 and flat.any():
-        layer = int(flat.nonzero()[0])
-        raise UserError(f"{criterion}: all scores of layer {layer} are equal (no gradient reached it), so nothing can be ranked.")
+from hfprune_nb.files import full_disk_in_one_sentence, load_tensors, save_tensors
+from hfprune_nb.models import gated_mlps
 
 
 def narrow(model, kept: torch.Tensor):
@@ -137,37 +97,10 @@ def save_kept(kept: torch.Tensor, file: Path) -> None:
     save_tensors({f"layers.{layer}": row for layer, row in enumerate(kept)}, file)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write tensors as safetensors; raise UserError when the disk is full."""
-    with full_disk_in_one_sentence(file):
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file)
-
-
 def load_kept(file: Path) -> torch.Tensor:
     """Read what `save_kept` wrote; raise UserError for a missing or truncated file."""
     tensors = load_tensors(file)
     return torch.stack([tensors[f"layers.{layer}"] for layer in range(len(tensors))])
-
-
-def load_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; raise UserError that names it when it is missing or truncated."""
-    try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist: run the stage that writes it first.") from error
-    except SafetensorError as error:
-        raise UserError(f"{file} is truncated or damaged: delete its folder and run the stage again ({error}).") from error
-
-
-@contextlib.contextmanager
-def full_disk_in_one_sentence(target: Path):
-    """Turn "no space left" into a UserError that names `target`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"{target}: the disk is full; free space or choose another results folder.") from error
-        raise
 
 
 def _take(module: nn.Linear, indices: torch.Tensor, dimension: int) -> None:

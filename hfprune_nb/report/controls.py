@@ -13,8 +13,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from hfprune_nb.measure import statistics
-from hfprune_nb.report import figures, published
+from hfprune_nb.report import figures, intervals, published
 from hfprune_nb.report.measurements import (
     UNITS,
     Column,
@@ -96,7 +95,7 @@ class Recovered:
         return pd.DataFrame() if found is None else sample(found, column, model, criterion, ratio)
 
 
-def controls_table(recovered: Recovered, n_resamples: int = statistics.N_RESAMPLES, seed: int = 0) -> Table:
+def controls_table(recovered: Recovered, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> Table:
     """Return the table of controls: a row per model state, then its gains from tuning.
 
     `long` has the columns model, ratio, criterion, compensation, state (untuned, tuned, the two differences), column, measure,
@@ -188,21 +187,21 @@ def _cells(recovered, model, criterion, ratio, compensation, column, n_resamples
     frames = {tuned: given(tuned) for tuned in CONTROL}
     for tuned, frame in frames.items():
         if len(frame):
-            interval = statistics.hierarchical_interval(frame, seed, n_resamples)
+            interval = intervals.hierarchical_interval(frame, seed, n_resamples)
             if column.measure == "perplexity":
                 bounds = np.exp([interval.mean, interval.low, interval.high]).tolist()
                 interval = replace(interval, **dict(zip(("mean", "low", "high"), bounds, strict=True)))
             found.append({"state": CONTROL[tuned], **_numbers(interval)})
     if not all(map(len, frames.values())):
         return found
-    gain = statistics.paired_difference(frames[True], frames[False], seed, n_resamples)
+    gain = intervals.paired_difference(frames[True], frames[False], seed, n_resamples)
     found.append({"state": GAIN, **_numbers(gain)})
     dense = {tuned: given(tuned, "dense", 0.0) for tuned in CONTROL}
     if criterion != "dense" and all(map(len, dense.values())):
         own, control = _changes(frames), _changes(dense)
         # The dense model has no calibration seed: its gain stands beside each of them.
         spread = pd.concat([control.assign(seed=value) for value in own["seed"].unique()], ignore_index=True)
-        found.append({"state": BEYOND, **_numbers(statistics.paired_difference(own, spread, seed, n_resamples))})
+        found.append({"state": BEYOND, **_numbers(intervals.paired_difference(own, spread, seed, n_resamples))})
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.measure import statistics
+from hfprune_nb.report import intervals
 
 CRITERIA = ("one_hot_ce", "self_distillation", "entropy")
 ORDER = ("dense", *CRITERIA, "magnitude", "random")
@@ -291,7 +291,7 @@ def sample(results: Results, column: Column, model: str, criterion: str, ratio: 
         return frame.assign(value=100 * frame["value"].astype(float))
     frame = frame[frame["corpus"] == column.corpus].rename(columns={"window": "item", "compared": "weight"})
     if column.measure == "perplexity":
-        return statistics.log_perplexity_frame(frame[["seed", "item", "nll", "tokens"]]) if len(frame) else frame
+        return intervals.log_perplexity_frame(frame[["seed", "item", "nll", "tokens"]]) if len(frame) else frame
     scale = 100 if UNITS[column.measure] == "%" else 1
     return frame.assign(value=scale * frame[column.measure].astype(float))[["seed", "item", "weight", "value"]]
 

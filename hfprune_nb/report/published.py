@@ -12,7 +12,7 @@ from scipy import stats
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.measure import statistics
+from hfprune_nb.report import intervals
 from hfprune_nb.report.measurements import Results
 
 # Items that lm-eval scores: the test split, or validation where the test split has no public answers.
@@ -121,7 +121,7 @@ def gaps(paper: pd.DataFrame) -> pd.DataFrame:
     cent, for a paired test on the same items to find a gap of this size at 5 %, from
     `var(average) = sum over tasks of share / n / 100`. Calibration and tuning seeds would come on top of either.
     """
-    z = stats.norm.ppf((1 + statistics.LEVEL) / 2)
+    z = stats.norm.ppf((1 + intervals.LEVEL) / 2)
     found = []
     for table, model, ratio, a, b in GAPS:
         place = (paper["table"] == table) & (paper["model"] == model)

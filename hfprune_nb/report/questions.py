@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.measure import statistics
-from hfprune_nb.report import neurons
+from hfprune_nb.report import intervals, neurons
 from hfprune_nb.report.measurements import CRITERIA, Column, Results, in_order, label, made_with, percent, protocol_note, sample
 from hfprune_nb.report.tables import ABSENT, Table, format_p
 
@@ -62,13 +61,13 @@ def overlap(a: np.ndarray, b: np.ndarray, ratio: float) -> float:
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Return Spearman's correlation of two importances (layers, neurons), the mean over layers."""
     layers = np.repeat(np.arange(len(a)), a.shape[1])
-    return statistics.rank_correlation(a.ravel(), b.ravel(), n_resamples=1, group=layers).mean
+    return intervals.rank_correlation(a.ravel(), b.ravel(), n_resamples=1, group=layers).mean
 
 
 # Do the criteria choose different neurons?
 
 
-def choice(kept_overlap: pd.DataFrame, n_resamples: int = statistics.N_RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def choice(kept_overlap: pd.DataFrame, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Return for each model, ratio and pair of criteria how much less they overlap than two seeds of one criterion.
 
     `kept_overlap` is `neurons.kept_overlap`. between : Jaccard of the two criteria with the same seed; within : the mean of
@@ -82,7 +81,7 @@ def choice(kept_overlap: pd.DataFrame, n_resamples: int = statistics.N_RESAMPLES
             if not set(floors) <= set(layers):
                 continue
             within = layers[floors].mean(axis=1)
-            interval = statistics.bootstrap_interval(within - layers[pair], seed, n_resamples)
+            interval = intervals.bootstrap_interval(within - layers[pair], seed, n_resamples)
             row = {"model": model, "ratio": ratio, "pair": pair, "between": layers[pair].mean(), "within": within.mean()}
             bounds = {"difference": interval.mean, "low": interval.low, "high": interval.high}
             rows.append(row | {"chance": layers[neurons.CHANCE].mean()} | bounds)
@@ -170,9 +169,7 @@ def experiment_notes(experiment_folders: Iterable[Path]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def truth_table(
-    frame: pd.DataFrame, notes: Iterable[str] = (), n_resamples: int = statistics.N_RESAMPLES, seed: int = 0
-) -> Table:
+def truth_table(frame: pd.DataFrame, notes: Iterable[str] = (), n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> Table:
     """Return how well each predictor ranks real damage: Spearman with 95 % intervals over ablations, `notes` below.
 
     `frame` is `predictions`. Single neurons are ranked within their layer, as pruning does, and over all layers; groups over
@@ -187,7 +184,7 @@ def truth_table(
                 continue
             real = _target(chosen, target, predictor)
             labels = None if group is None else chosen[group]
-            found = statistics.rank_correlation(chosen["predicted"], real, seed, n_resamples, labels)
+            found = intervals.rank_correlation(chosen["predicted"], real, seed, n_resamples, labels)
             place = {"model": model, "predictor": predictor, "target": target, "scope": scope, "n": len(chosen)}
             rows.append(place | {"spearman": found.mean, "low": found.low, "high": found.high})
     long = pd.DataFrame(rows, columns=["model", "predictor", "target", "scope", "n", "spearman", "low", "high"])
@@ -216,7 +213,7 @@ def _target(rows: pd.DataFrame, target: str, predictor: str) -> pd.Series:
     return rows[target] if predictor in ("predicted_ce", "predicted_entropy") else rows[target].abs()
 
 
-def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = statistics.N_RESAMPLES, seed: int = 0) -> str:
+def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> str:
     """Return one sentence: how well the criteria rank the damage (KL) of single neurons within a layer, and which better."""
     rows = frame[(frame["model"] == model) & (frame["size"] == 1) & frame["predictor"].isin(CRITERIA)]
     names = in_order(rows["predictor"].unique())
@@ -225,21 +222,21 @@ def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = statistic
     sides = {name: rows[rows["predictor"] == name] for name in names}
     layer = sides[names[0]]["layer"]
     kl, options = sides[names[0]]["kl"], {"seed": seed, "n_resamples": n_resamples, "group": layer}
-    found = {name: statistics.rank_correlation(part["predicted"], kl, **options) for name, part in sides.items()}
+    found = {name: intervals.rank_correlation(part["predicted"], kl, **options) for name, part in sides.items()}
     told = ", ".join(f"{label(name)} {i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for name, i in found.items())
     pairs = list(itertools.combinations(names, 2))
     differences = [
-        statistics.rank_correlation_difference(sides[a]["predicted"], sides[b]["predicted"], kl, **options) for a, b in pairs
+        intervals.rank_correlation_difference(sides[a]["predicted"], sides[b]["predicted"], kl, **options) for a, b in pairs
     ]
     verdicts = []
-    for (a, b), difference, p in zip(pairs, differences, statistics.holm([d.p for d in differences]), strict=True):
-        if difference.crosses_zero or p >= 1 - statistics.LEVEL:
+    for (a, b), difference, p in zip(pairs, differences, intervals.holm([d.p for d in differences]), strict=True):
+        if difference.crosses_zero or p >= 1 - intervals.LEVEL:
             verdicts.append(f"{label(a)} and {label(b)} are not told apart (p {format_p(p)})")
         else:
             first, second = (a, b) if difference.mean > 0 else (b, a)
             verdicts.append(f"{label(first)} is closer to the truth than {label(second)} (p {format_p(p)})")
     signed = frame[(frame["model"] == model) & (frame["size"] == 1) & (frame["predictor"] == "predicted_ce")]
-    exact = statistics.rank_correlation(signed["predicted"], signed["ce"], **options).mean
+    exact = intervals.rank_correlation(signed["predicted"], signed["ce"], **options).mean
     return (
         f"{model}, rank correlation of importance with the measured KL of {len(kl)} single neurons within {layer.nunique()} "
         f"layers: {told}; after Holm's correction {'; '.join(verdicts)}. (For comparison, the signed first-order estimate on the "
@@ -250,9 +247,7 @@ def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = statistic
 # Does entropy keep the distribution?
 
 
-def entropy_split(
-    results: Results, measure: str = "kl", n_resamples: int = statistics.N_RESAMPLES, seed: int = 0
-) -> pd.DataFrame:
+def entropy_split(results: Results, measure: str = "kl", n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Return paired differences of `measure` (entropy minus another criterion) by corpus, ratio and kind of position.
 
     positions : all, or the half where the dense model's entropy is below or above its median. `p_holm` is over all rows of a
@@ -270,12 +265,12 @@ def entropy_split(
             sides = [sample(results, column, model, name, ratio, where) for name in ("entropy", other)]
             if any(side.empty for side in sides) or not set(sides[0]["seed"]) & set(sides[1]["seed"]):
                 continue
-            d = statistics.paired_difference(*sides, seed, n_resamples)
+            d = intervals.paired_difference(*sides, seed, n_resamples)
             place = {"model": model, "corpus": corpus, "ratio": ratio, "positions": where, "other": other}
             means = {"entropy": sides[0]["value"].mean(), "value_other": sides[1]["value"].mean()}
             rows.append(place | means | {"difference": d.mean, "low": d.low, "high": d.high, "p": d.p})
     frame = pd.DataFrame(rows, columns=columns)
-    frame["p_holm"] = frame.groupby("model")["p"].transform(lambda p: statistics.holm(p)) if rows else []
+    frame["p_holm"] = frame.groupby("model")["p"].transform(lambda p: intervals.holm(p)) if rows else []
     return frame
 
 
@@ -286,7 +281,7 @@ def entropy_sentence(frame: pd.DataFrame, model: str) -> str:
         return f"{model}: entropy and another criterion were not evaluated on the same held-out text."
     told = []
     for other, part in rows.groupby("other", sort=False):
-        certain = part[((part["low"] > 0) | (part["high"] < 0)) & (part["p_holm"] < 1 - statistics.LEVEL)]
+        certain = part[((part["low"] > 0) | (part["high"] < 0)) & (part["p_holm"] < 1 - intervals.LEVEL)]
         closer, further = certain[certain["difference"] < 0], certain[certain["difference"] > 0]
         verdict = f"against {label(other)}, closer in {len(closer)} and further away in {len(further)} of {len(part)} comparisons"
         for name, found in (("closer", closer), ("further away", further)):

@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.measure import statistics
-from hfprune_nb.report import published
+from hfprune_nb.report import intervals, published
 from hfprune_nb.report.measurements import (
     CRITERIA,
     FIDELITY,
@@ -138,7 +137,7 @@ class Table:
         return written
 
 
-def criterion_table(results: Results, n_resamples: int = statistics.N_RESAMPLES, seed: int = 0) -> Table:
+def criterion_table(results: Results, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> Table:
     """Return the main table: rows dense and each criterion x ratio, columns tasks, average, perplexity and fidelity.
 
     `long` has the columns model, criterion, ratio, column, measure, label, unit, mean, low, high, n_seeds, n_items,
@@ -177,17 +176,17 @@ def criterion_table(results: Results, n_resamples: int = statistics.N_RESAMPLES,
     return Table("criterion", title, long, display, (INTERVALS, *_cell_notes(long), protocol_note(results)))
 
 
-def _cell(frame: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> statistics.Interval:
+def _cell(frame: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> intervals.Interval:
     if frame.empty:
-        return statistics.Interval(np.nan, np.nan, np.nan, 0, 0, "not measured")
+        return intervals.Interval(np.nan, np.nan, np.nan, 0, 0, "not measured")
     if not np.isfinite(frame["value"]).all():
-        return statistics.Interval(np.nan, np.nan, np.nan, frame["seed"].nunique(), len(frame), "not finite")
-    interval = statistics.hierarchical_interval(frame, seed, n_resamples)
+        return intervals.Interval(np.nan, np.nan, np.nan, frame["seed"].nunique(), len(frame), "not finite")
+    interval = intervals.hierarchical_interval(frame, seed, n_resamples)
     if measure != "perplexity":
         return interval
     with np.errstate(over="ignore"):
         bounds = np.exp([interval.mean, interval.low, interval.high])
-    return statistics.Interval(*map(float, bounds), interval.n_seeds, interval.n_items, interval.note)
+    return intervals.Interval(*map(float, bounds), interval.n_seeds, interval.n_items, interval.note)
 
 
 def _display(long: pd.DataFrame, text: Callable[[dict], str]) -> pd.DataFrame:
@@ -343,7 +342,7 @@ def _at(cells: pd.DataFrame, key: tuple[str, float], column: str) -> dict | None
 def paired_table(
     results: Results,
     criteria: tuple[str, ...] = CRITERIA,
-    n_resamples: int = statistics.N_RESAMPLES,
+    n_resamples: int = intervals.N_RESAMPLES,
     seed: int = 0,
 ) -> Table:
     """Return the differences A - B of the criteria by ratio, paired on the same items and calibration seeds.
@@ -352,7 +351,7 @@ def paired_table(
     seeds and items, `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` a
     test on items averaged over these seeds (exact sign test on tasks, McNemar's for one seed; Wilcoxon on windows).
     `detectable` is the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's strictest
-    level (`statistics.smallest_detectable`).
+    level (`intervals.smallest_detectable`).
     """
     rows = []
     for model in results.model_names:
@@ -365,14 +364,14 @@ def paired_table(
                 row = {"model": model, "ratio": ratio, "column": column.name, "measure": column.measure, "a": a, "b": b}
                 rows.append(row | _difference(*sides, column.measure, n_resamples, seed))
     long = pd.DataFrame(rows, columns=PAIRED)
-    long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: statistics.holm(p)) if rows else []
+    long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p)) if rows else []
     long["verdict"] = [_verdict(row) for row in long.to_dict("records")]
     long["source"] = "measured"
     families = long.groupby(["model", "column"])["p"].count()
     sizes = long.groupby(["model", "column"])["p"].transform("count").clip(lower=1)
     errors = list(zip(long["standard_error"], sizes, strict=True))
-    long["detectable"] = [statistics.smallest_detectable(error) for error, _ in errors]
-    long["detectable_holm"] = [statistics.smallest_detectable(error, size) for error, size in errors]
+    long["detectable"] = [intervals.smallest_detectable(error) for error, _ in errors]
+    long["detectable_holm"] = [intervals.smallest_detectable(error, size) for error, size in errors]
     notes = [
         "Differences A - B are paired on the same items and calibration seeds; interval and p from the hierarchical "
         "bootstrap (p inverted from the replicates). Averages in points, perplexity as difference of log-perplexity in "
@@ -452,9 +451,9 @@ def _difference(a: pd.DataFrame, b: pd.DataFrame, measure: str, n_resamples: int
         return unknown | {"note": "not finite"}
     if not set(a["seed"]) & set(b["seed"]):
         return unknown | {"note": "no common seed"}
-    difference = statistics.paired_difference(a, b, seed, n_resamples)
-    per_item = statistics.item_differences(a, b)
-    test = statistics.sign_test if measure == "average" else statistics.wilcoxon
+    difference = intervals.paired_difference(a, b, seed, n_resamples)
+    per_item = intervals.item_differences(a, b)
+    test = intervals.sign_test if measure == "average" else intervals.wilcoxon
     return {
         "mean": difference.mean,
         "low": difference.low,
@@ -474,7 +473,7 @@ def _verdict(row: dict) -> str:
     if not (row["low"] > 0 or row["high"] < 0):
         return "interval crosses zero"
     better = "b" if (row["mean"] > 0) == (row["measure"] in LOWER_IS_BETTER) else "a"
-    return f"{label(row[better])} better" + (", not after Holm" if row["p_holm"] >= 1 - statistics.LEVEL else "")
+    return f"{label(row[better])} better" + (", not after Holm" if row["p_holm"] >= 1 - intervals.LEVEL else "")
 
 
 def _paired_display(long: pd.DataFrame, several_models: bool) -> pd.DataFrame:

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import read_json, sha256, sync, write_json
 
 # What describes a run but is not its result: changes here must not make dependants stale.
 DESCRIPTIONS = ("params.json", "card.json", "notebook.ipynb")
@@ -38,17 +38,6 @@ def address(stage: str, parameters: dict) -> str:
     """
     named = {name: value for name, value in parameters.items() if name != "study"}
     return hashlib.sha256(canonical([stage, named]).encode()).hexdigest()[:16]
-
-
-def read_json(path: Path):
-    """Return the content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value) -> None:
-    """Write `value` as sorted, indented JSON; numpy scalars become numbers and anything else unknown its text."""
-    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, default=_plain)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -189,10 +178,10 @@ class Writer:
                 path.relative_to(self.partial).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
             }
             for path in files:
-                _sync(path)
+                sync(path)
             write_json(self.partial / "DONE", manifest)
-            _sync(self.partial / "DONE")
-            _sync(self.partial)
+            sync(self.partial / "DONE")
+            sync(self.partial)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -212,25 +201,5 @@ class Writer:
         if self.folder.exists():
             self.folder.rename(outdated)
         complete.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         shutil.rmtree(outdated, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name != "posix":
-        return  # only POSIX systems can sync a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _plain(value):
-    return value.item() if hasattr(value, "item") else str(value)

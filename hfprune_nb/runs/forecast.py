@@ -18,7 +18,7 @@ import yaml
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs.artifacts import read_json
+from hfprune_nb.files import read_json
 
 # Forward-equivalent passes of each criterion beyond the forward pass that they share.
 PASSES = {"one_hot_ce": 1, "entropy": 1, "self_distillation": 3, "magnitude": 0, "random": 0}

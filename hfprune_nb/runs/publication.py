@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from hfprune_nb import paths
-from hfprune_nb.runs.artifacts import Artifact, read_json, write_json
+from hfprune_nb.files import read_json, write_json
+from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.stage import STAGES
 
 # Stages whose tables and figures are published.

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import read_json
 from hfprune_nb.progress import PROGRESS_FILE
 from hfprune_nb.runs import kernel
-from hfprune_nb.runs.artifacts import Artifact, Writer, address, finished, open_artifact, read_json
+from hfprune_nb.runs.artifacts import Artifact, Writer, address, finished, open_artifact
 from hfprune_nb.runs.locks import Lock
 
 EVERYTHING = "*"

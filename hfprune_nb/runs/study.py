@@ -28,10 +28,11 @@ import yaml
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import read_json
 from hfprune_nb.progress import bar as progress_bar
 from hfprune_nb.progress import told
 from hfprune_nb.runs import forecast, kernel, publication, stage
-from hfprune_nb.runs.artifacts import Artifact, address, read_json
+from hfprune_nb.runs.artifacts import Artifact, address
 from hfprune_nb.runs.locks import POLL_SECONDS, Lock
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Allocations: how many neurons each layer keeps."""

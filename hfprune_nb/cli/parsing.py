@@ -1,0 +1,28 @@
+"""What all commands share: help, types of arguments, and words to the user."""
+
+import argparse
+import sys
+
+
+def command(parent, name: str, purpose: str, examples: str = "", run=None) -> argparse.ArgumentParser:
+    """Return the parser of a command, a part of `parent` or the whole; `run` is called with its options."""
+    options = {
+        "description": purpose[0].upper() + purpose[1:].removesuffix(".") + ".",
+        "epilog": examples,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = parent.add_parser(name, help=purpose, **options) if parent else argparse.ArgumentParser(name, **options)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def say(line: str) -> None:
+    """Write one line to the standard output."""
+    sys.stdout.write(f"{line}\n")

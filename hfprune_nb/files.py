@@ -1,0 +1,75 @@
+"""Files that several wings read and write: tensors, JSON, hashes, and a full disk in one sentence."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hfprune_nb.errors import UserError
+
+
+def save_tensors(tensors: dict, file: Path) -> None:
+    """Write torch tensors by name as safetensors; raise UserError when the disk is full."""
+    from safetensors.torch import save_file
+
+    with full_disk_in_one_sentence(file):
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file)
+
+
+def load_tensors(file: Path) -> dict:
+    """Read a safetensors file as torch tensors by name; raise UserError that names it when it is missing or truncated."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist: run the stage that writes it first.") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or damaged: delete its folder and run the stage again ({error}).") from error
+
+
+@contextlib.contextmanager
+def full_disk_in_one_sentence(target: Path):
+    """Turn "no space left" into a UserError that names `target`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise UserError(f"{target}: the disk is full; free space or choose another results folder.") from error
+        raise
+
+
+def read_json(path: Path):
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as sorted, indented JSON; numpy scalars become numbers and anything else unknown its text."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, default=_plain)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk itself."""
+    if os.name != "posix":
+        return  # only POSIX systems can sync a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value):
+    return value.item() if hasattr(value, "item") else str(value)

@@ -1,0 +1,24 @@
+"""Models: loading, what can be removed from them, their head, and hooks."""
+
+from hfprune_nb.models.lm_head import Head, final_hidden, head, matmul_precision
+from hfprune_nb.models.loading import ATTENTIONS, DTYPES, TINY, aliases, load, notes, resolve_device, resolve_dtype, tokenizer
+from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps
+
+__all__ = [
+    "ATTENTIONS",
+    "DTYPES",
+    "TINY",
+    "GatedMLP",
+    "Head",
+    "aliases",
+    "count_parameters",
+    "final_hidden",
+    "gated_mlps",
+    "head",
+    "load",
+    "matmul_precision",
+    "notes",
+    "resolve_device",
+    "resolve_dtype",
+    "tokenizer",
+]

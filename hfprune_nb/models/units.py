@@ -1,0 +1,65 @@
+"""What can be removed from a model: the neurons of its gated MLPs."""
+
+import dataclasses
+
+from torch import nn
+
+from hfprune_nb.errors import UserError
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, a tensor shared by two modules (tied embeddings) counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedMLP:
+    """One layer's gated MLP, `h = act(gate x) * up x`, `output = down h`, with h of shape (batch, seq, intermediate_size).
+
+    `gate` and `up` are separate linear modules, or both None where `fused` holds their rows one after the other (Phi-3).
+    """
+
+    layer: int
+    down: nn.Linear
+    gate: nn.Linear | None = None
+    up: nn.Linear | None = None
+    fused: nn.Linear | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of neurons (intermediate_size)."""
+        return self.down.in_features
+
+    @property
+    def inputs(self) -> list[nn.Linear]:
+        """The linear modules whose rows produce h."""
+        return [self.fused] if self.fused is not None else [self.gate, self.up]
+
+    @property
+    def parameters_per_neuron(self) -> int:
+        """Parameters that go when one neuron is removed: its rows, their biases, and its column of `down`."""
+        rows = sum(module.in_features + (module.bias is not None) for module in self.inputs)
+        return rows * (2 if self.fused is not None else 1) + self.down.out_features
+
+
+def gated_mlps(model: nn.Module) -> list[GatedMLP]:
+    """Return the gated MLP of every decoder layer, first to last; raise UserError naming what was looked for otherwise."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    architecture = type(model).__name__
+    if not layers:
+        raise UserError(f"model: {architecture} is not supported: no `layers` list was found in its decoder.")
+    found = []
+    for index, layer in enumerate(layers):
+        mlp = getattr(layer, "mlp", None)
+        parts = {name: getattr(mlp, name, None) for name in ("down_proj", "gate_proj", "up_proj", "gate_up_proj")}
+        linear = {name for name, module in parts.items() if isinstance(module, nn.Linear)}
+        if {"down_proj", "gate_proj", "up_proj"} <= linear:
+            found.append(GatedMLP(index, parts["down_proj"], gate=parts["gate_proj"], up=parts["up_proj"]))
+        elif {"down_proj", "gate_up_proj"} <= linear:
+            found.append(GatedMLP(index, parts["down_proj"], fused=parts["gate_up_proj"]))
+        else:
+            raise UserError(
+                f"model: {architecture} is not supported: layer {index} has no gated MLP (looked for linear modules "
+                "`mlp.down_proj` with `mlp.gate_proj` and `mlp.up_proj`, or with a fused `mlp.gate_up_proj`)."
+            )
+    return found
