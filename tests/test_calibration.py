@@ -202,7 +202,7 @@ def test_an_empty_corpus_is_refused(tokenizer, tmp_path, content):
 
 def test_a_broken_file_is_refused(tokenizer, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n')
-    with pytest.raises(UserError, match="not readable as jsonl"):
+    with pytest.raises(UserError, match="broken.jsonl, line 2 is no JSON"):
         windows(tokenizer, tmp_path / "broken.jsonl")
 
 

@@ -93,8 +93,9 @@ def test_every_form_of_record_gives_the_same_prompt(raw, tmp_path):
     ("content", "words"),
     [
         ('[{"question": "?"}]', "rename"),
-        ('{"instruction": "?"}', "list of records"),
-        ("[", "not readable"),
+        ('{"instruction": "?"}', "line 1 has instruction and neither messages nor"),
+        ('"instruction"', "no record"),
+        ("[", "is no JSON"),
         ('[{"instruction": "?", "output": " "}]', "fewer than"),
         ('[{"messages": [{"role": "user", "content": "?"}]}]', "one user and one assistant"),
     ],

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,20 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from hfprune_nb import paths
+from hfprune_nb import files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, benchmarks
+from hfprune_nb.inputs import assets, benchmarks, chat, tokens
 
 SPLITS = ("calibration", "evaluation")
 TASK_PROMPTS = "task-prompts"
-LOCAL_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+LOCAL_SUFFIXES = (".txt", *files.RECORD_SUFFIXES)
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
 SHUFFLE_BUFFER = 10_000
 TOKENIZER_BATCH = 64
+# So many records without the text's column are no accident.
+RECORDS_WITHOUT_COLUMN = 1000
 
 
 @dataclass
@@ -37,13 +41,15 @@ class Windows:
     """Token windows and where each comes from; row i of every field is window i.
 
     `ids` (n_windows, seq_len) int64; `document_hashes` as `document_hash` gives them; `starts` the token at which the
-    window begins in its document; `document_lengths` in tokens, without BOS.
+    window begins in its document; `document_lengths` in tokens, without BOS. `passed_over` counts the documents that gave no
+    window, by the reason.
     """
 
     ids: np.ndarray
     document_hashes: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     document_lengths: list[int] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,21 +61,23 @@ class Windows:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write `windows.safetensors` (ids) and `windows.parquet` (the table) into `folder`."""
+        """Write `windows.safetensors` (ids, and the counts as its metadata) and `windows.parquet` (the table) into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"ids": np.ascontiguousarray(self.ids, dtype=np.int64)}, folder / "windows.safetensors")
+        ids = np.ascontiguousarray(self.ids, dtype=np.int64)
+        save_file({"ids": ids}, folder / "windows.safetensors", {"passed_over": json.dumps(self.passed_over)})
         self.table().to_parquet(folder / "windows.parquet", index=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Windows":
         """Read what `save` wrote; raises UserError when a file is missing or damaged."""
         try:
-            ids = load_file(Path(folder) / "windows.safetensors")["ids"]
+            with safe_open(Path(folder) / "windows.safetensors", "numpy") as saved:
+                ids, passed_over = saved.get_tensor("ids"), json.loads(saved.metadata()["passed_over"])
             table = pd.read_parquet(Path(folder) / "windows.parquet")
         except Exception as error:
             raise UserError(f"the windows in {folder} are missing or damaged: delete that folder and rerun") from error
-        return cls(ids, *(table[column].tolist() for column in ("document_hash", "start", "document_length")))
+        return cls(ids, *(table[column].tolist() for column in ("document_hash", "start", "document_length")), passed_over)
 
 
 def document_hash(text: str) -> str:
@@ -77,7 +85,14 @@ def document_hash(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
-def documents(corpus: str, split: str = "calibration", text_column: str = "text", seed: int = 0) -> Iterator[str]:
+def documents(
+    corpus: str,
+    split: str = "calibration",
+    text_column: str = "text",
+    seed: int = 0,
+    chat_tokenizer=None,
+    passed_over: Counter | None = None,
+) -> Iterator[str]:
     """Yield the documents of a corpus in an order shuffled by `seed`, those of its calibration or its evaluation split.
 
     corpus        calibration                     evaluation
@@ -88,16 +103,21 @@ def documents(corpus: str, split: str = "calibration", text_column: str = "text"
     local file    nine documents in ten           one in ten, chosen by `document_hash`
     hub id        train split                     its validation or test split, else one document in ten as above
 
-    A local file is .txt (documents separated by blank lines; without any blank line, one document per line), .jsonl,
-    .json (a list of records) or .parquet, the last three with the text in `text_column`; a relative path is looked up
-    in the working directory, then in the project. A hub id may carry a configuration: `owner/name:configuration`.
-    Raises UserError for an unknown split or one that the corpus has not, a corpus that is missing, and a text column that
-    does not exist.
+    A local file is .txt (documents separated by blank lines; without any blank line, one document per line), or of records
+    (`files.read_records`) with the text in `text_column`; a relative path is looked up in the working directory, then in the
+    project. A hub id may carry a configuration, and the split to share out: `owner/name:configuration:split`.
+    chat_tokenizer : renders `text_column` with its chat template, as that holds conversations.
+    passed_over : counts records without text, which are left out.
+    Raises UserError for an unknown split or one that the corpus has not, a corpus that is missing, a text column that does not
+    exist, and one that holds anything but text.
     """
+    passed_over = Counter() if passed_over is None else passed_over
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
     if corpus == "c4":
-        return _from_hub("allenai/c4:en", {"calibration": "train", "evaluation": "validation"}[split], "text", seed)
+        return _texts(
+            _from_hub("allenai/c4:en", {"calibration": "train", "evaluation": "validation"}[split], seed), "text", "corpus c4"
+        )
     if corpus == "c4-sample":
         return _shuffled(_c4_sample(split), seed)
     if corpus == "wikitext":
@@ -106,9 +126,12 @@ def documents(corpus: str, split: str = "calibration", text_column: str = "text"
         if split == "calibration":
             raise UserError(f"corpus {TASK_PROMPTS!r} is for evaluation only: calibrate on other text than the tasks' own")
         return _shuffled(benchmarks.prompts(), seed)
-    if Path(corpus).suffix in LOCAL_SUFFIXES:
-        return _shuffled(_share(_from_file(_local_file(corpus), text_column), split), seed)
-    return _hub_dataset(corpus, split, text_column, seed)
+    if file := files.find(corpus, "corpus", LOCAL_SUFFIXES):
+        if files.suffix(file) == ".txt":
+            return _shuffled(_share(_paragraphs(file), split), seed)
+        records = files.read_records(file, "corpus")
+        return _shuffled(_share(_texts(records, text_column, f"corpus {file}", chat_tokenizer, passed_over), split), seed)
+    return _hub_dataset(corpus, split, text_column, seed, chat_tokenizer, passed_over)
 
 
 def windows(
@@ -117,54 +140,59 @@ def windows(
     n_windows: int,
     seq_len: int,
     seed: int,
-    bos: bool = False,
+    bos: bool | str = tokens.AUTO,
     split: str = "calibration",
     text_column: str = "text",
+    chat_template: bool = False,
     progress: bool = True,
 ) -> Windows:
     """Cut one window of `seq_len` tokens at a random place out of each of `n_windows` documents.
 
     The paper's setting is corpus c4, 43,128 windows of 1024 tokens. Documents come in the order
-    of `documents`; those shorter than a window, and repeated ones, are passed over. With `bos` the first token of every
-    window is the tokenizer's BOS and the text gives one token less. No other special token is added, nothing is padded.
-    Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer has no BOS.
+    of `documents`; those shorter than a window, and repeated ones, are passed over. Every window begins with what `tokens.prefix`
+    gives for `bos`, and the text gives so many tokens less. No other special token is added, nothing is padded.
+    chat_template : `text_column` holds conversations, which the tokenizer's chat template renders.
+    Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer lacks what is asked.
     """
     for name, value, least in (("n_windows", n_windows, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name}={value} is too small: it must be at least {least}")
-    if bos and tokenizer.bos_token_id is None:
-        raise UserError("bos=True needs a tokenizer with a BOS token and this one has none: set bos=False")
-    prefix = [tokenizer.bos_token_id] if bos else []
+    prefix = tokens.prefix(tokenizer, bos)
     text_length = seq_len - len(prefix)
     # A stream of its own, so that window starts do not depend on how the documents were shuffled.
     random = np.random.default_rng([seed, 1])
     rows, chosen = [], Windows(np.empty((0, seq_len), dtype=np.int64))
-    longest = 0
+    longest, passed_over = 0, Counter()
+    texts = documents(corpus, split, text_column, seed, tokenizer if chat_template else None, passed_over)
     bar = tqdm(total=n_windows, desc=f"{corpus} {split}", unit="window", disable=not progress)
     with bar:
-        for digest, tokens in _tokenized(tokenizer, documents(corpus, split, text_column, seed)):
-            longest = max(longest, len(tokens))
-            if len(tokens) < text_length:
+        for digest, ids in _tokenized(tokenizer, texts, chat_template, passed_over):
+            # A rendered conversation brings its own BOS.
+            ids = ids[len(prefix) :] if chat_template and ids[: len(prefix)] == prefix else ids
+            longest = max(longest, len(ids))
+            if len(ids) < text_length:
+                passed_over["shorter than a window"] += 1
                 continue
-            start = int(random.integers(len(tokens) - text_length + 1))
-            rows.append(prefix + tokens[start : start + text_length])
+            start = int(random.integers(len(ids) - text_length + 1))
+            rows.append(prefix + ids[start : start + text_length])
             chosen.document_hashes.append(digest)
             chosen.starts.append(start)
-            chosen.document_lengths.append(len(tokens))
+            chosen.document_lengths.append(len(ids))
             bar.update()
             if len(rows) == n_windows:
-                chosen.ids = np.array(rows, dtype=np.int64)
+                chosen.ids, chosen.passed_over = np.array(rows, dtype=np.int64), dict(passed_over)
                 return chosen
     if longest == 0:
         raise UserError(f"corpus {corpus!r} is empty: its {split} split has no text, choose another corpus")
+    unit = " (a .txt document ends at a blank line)" if corpus.lower().endswith(".txt") else ""
     if not rows:
         raise UserError(
             f"seq_len={seq_len} is longer than every document of corpus {corpus!r} ({split}), of which the longest has "
-            f"{longest} tokens: lower seq_len"
+            f"{longest} tokens: lower seq_len{unit}"
         )
     raise UserError(
         f"corpus {corpus!r} ({split}) has {len(rows)} documents of at least {text_length} tokens, fewer than "
-        f"n_windows={n_windows}: lower n_windows or seq_len"
+        f"n_windows={n_windows}: lower n_windows or seq_len{unit}"
     )
 
 
@@ -190,19 +218,22 @@ def token_statistics(windows: Windows, tokenizer) -> pd.DataFrame:
     )
 
 
-def _tokenized(tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+def _tokenized(tokenizer, texts: Iterable[str], control_tokens: bool, passed_over: Counter) -> Iterator[tuple[str, list[int]]]:
     """Yield (document hash, token ids) of every distinct, non-empty document, tokenised in batches."""
     seen = set()
     texts = iter(texts)
     while batch := list(itertools.islice(texts, TOKENIZER_BATCH)):
         fresh = {}
         for text in batch:
-            if text.strip() and (digest := document_hash(text)) not in seen:
+            if not text.strip():
+                passed_over["without text"] += 1
+            elif (digest := document_hash(text)) in seen:
+                passed_over["repeated"] += 1
+            else:
                 seen.add(digest)
                 fresh[digest] = text
         if fresh:
-            # verbose=False: a document longer than the model's context is expected here, only windows reach the model.
-            encoded = tokenizer(list(fresh.values()), add_special_tokens=False, truncation=False, verbose=False)
+            encoded = tokens.encode(tokenizer, list(fresh.values()), control_tokens)
             yield from zip(fresh, encoded["input_ids"], strict=True)
 
 
@@ -224,7 +255,8 @@ def _c4_sample(split: str) -> Iterator[str]:
         yield from calibration
         return
     known = set(map(document_hash, calibration))
-    for text in _records(assets.path("c4-held-out"), "text"):
+    held_out = assets.path("c4-held-out")
+    for text in _texts(files.read_records(held_out), "text", str(held_out)):
         if document_hash(text) not in known:
             yield text
 
@@ -246,67 +278,73 @@ def _wikitext(split: str) -> Iterator[str]:
     yield page
 
 
-def _local_file(corpus: str) -> Path:
-    for file in (Path(corpus).expanduser(), paths.project() / corpus):
-        if file.is_file():
-            return file
-    raise UserError(f"corpus file {corpus} does not exist: give a path to a {', '.join(LOCAL_SUFFIXES)} file")
-
-
-def _from_file(file: Path, text_column: str) -> list[str]:
-    if file.suffix != ".txt":
-        return _records(file, text_column)
-    text = file.read_text(encoding="utf-8").strip()
+def _paragraphs(file: Path) -> list[str]:
+    text = files.read_text(file, "corpus").strip()
     blocks = re.split(r"\n\s*\n", text)
-    return blocks if len(blocks) > 1 else text.splitlines()
+    return blocks if len(blocks) > 1 else text.split("\n")
 
 
-def _records(file: Path, text_column: str) -> list[str]:
-    try:
-        if file.suffix == ".parquet":
-            table = pd.read_parquet(file)
-        elif file.suffix == ".jsonl":
-            # Split at line feeds only: JSON strings may hold other line separators.
-            lines = file.read_text(encoding="utf-8").split("\n")
-            table = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
+def _texts(
+    records: Iterable[tuple[str, dict]], column: str, source: str, chat_tokenizer=None, passed_over: Counter | None = None
+) -> Iterator[str]:
+    """Yield the text in `column` of every (place, record) that has any; conversations as the tokenizer's template has them."""
+    passed_over = Counter() if passed_over is None else passed_over
+    names, found, count = {}, False, 0
+    for count, (place, record) in enumerate(records, 1):
+        if not found:
+            found = column in record
+            names |= dict.fromkeys(record)
+            if not found and count == RECORDS_WITHOUT_COLUMN:
+                break
+        value = record.get(column)
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):  # not a number is no text either
+            passed_over["without text"] += 1
+        elif chat_tokenizer is not None:
+            yield chat.render(chat_tokenizer, value, place)
+        elif chat.is_turns(value):
+            raise UserError(
+                f"{place}: {column} holds chat turns: set chat_template=True, which renders them as the model's tokenizer does"
+            )
+        elif not isinstance(value, str):
+            raise UserError(
+                f"{place}: {column} is {json.dumps(value, default=str)[:40]}, not text: correct or leave out the record, or set "
+                "text_column to a column of text"
+            )
         else:
-            table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, OSError) as error:
-        raise UserError(f"corpus file {file} is not readable as {file.suffix[1:]} ({error}): check the file") from error
-    if table.empty:
-        return []
-    if text_column not in table:
-        raise UserError(f"corpus file {file} has no column {text_column!r}: set text_column to one of {_names(table)}")
-    return table[text_column].dropna().astype(str).tolist()
+            yield value
+    if count and not found:
+        hint = " (with chat_template=True for conversations)" if names.keys() & set(chat.COLUMNS) else ""
+        raise UserError(f"{source} has no column {column!r}: set text_column to one of {', '.join(map(str, names))}{hint}")
 
 
-def _names(columns: Iterable) -> str:
-    return ", ".join(map(str, columns))
-
-
-def _hub_dataset(corpus: str, split: str, text_column: str, seed: int) -> Iterator[str]:
+def _hub_dataset(corpus: str, split: str, text_column: str, seed: int, chat_tokenizer, passed_over: Counter) -> Iterator[str]:
     from datasets import get_dataset_split_names
 
-    repository, _, configuration = corpus.partition(":")
+    repository, _, rest = corpus.partition(":")
+    configuration, _, chosen = rest.partition(":")
     with _hub_errors(corpus):
         names = get_dataset_split_names(repository, configuration or None)
-    held_out = next((name for name in ("validation", "test") if name in names), None)
-    if split == "evaluation" and held_out:
-        return _from_hub(corpus, held_out, text_column, seed)
-    train = _from_hub(corpus, "train" if "train" in names else names[0], text_column, seed)
-    return train if held_out else _share(train, split)
+    held_out = next((name for name in ("validation", "test") if name in names and not chosen), None)
+    hub_split = chosen or (held_out if held_out and split == "evaluation" else "train")
+    if hub_split not in names:
+        raise UserError(
+            f"corpus {corpus!r} has no split {hub_split!r}: name one of {', '.join(names)}, as in {repository}:{configuration}:"
+            f"{names[0]}, of which one document in ten is then held out"
+        )
+    source = f"{repository}:{configuration}" if configuration else repository
+    texts = _texts(_from_hub(source, hub_split, seed), text_column, f"corpus {corpus!r}", chat_tokenizer, passed_over)
+    return texts if held_out else _share(texts, split)
 
 
-def _from_hub(corpus: str, hub_split: str, text_column: str, seed: int) -> Iterator[str]:
+def _from_hub(corpus: str, hub_split: str, seed: int) -> Iterator[tuple[str, dict]]:
+    """Yield the records of a hub data set and where each stands."""
     from datasets import load_dataset
 
     repository, _, configuration = corpus.partition(":")
     with _hub_errors(corpus):
         stream = load_dataset(repository, configuration or None, split=hub_split, streaming=True)
-        for record in stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
-            if text_column not in record:
-                raise UserError(f"corpus {corpus!r} has no column {text_column!r}: set text_column to one of {_names(record)}")
-            yield record[text_column] or ""
+        for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), 1):
+            yield f"corpus {corpus!r}, record {number} of its {hub_split} split", record
 
 
 @contextmanager

@@ -8,17 +8,16 @@ examples read apart.
 import bisect
 import dataclasses
 import itertools
-import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from hfprune_nb import paths
+from hfprune_nb import files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets
+from hfprune_nb.inputs import assets, chat, tokens
 from hfprune_nb.inputs.calibration import SHUFFLE_BUFFER, TOKENIZER_BATCH, document_hash
 
 # The Alpaca template for an instruction without input.
@@ -28,6 +27,8 @@ TEMPLATE = (
 )
 HUB = {"lamini": "MBZUAI/LaMini-instruction", "alpaca": "tatsu-lab/alpaca"}
 OFFLINE = "instructlab-sdg"
+# The field names in use, in the order in which they are looked for.
+_INSTRUCTIONS, _INPUTS, _RESPONSES = ("instruction", "prompt"), ("input", "context"), ("response", "output", "completion")
 SPLITS = ("train", "held_out")
 # One record in this many is held out, chosen by the hash of its prompt: no prompt is on both sides.
 HELD_OUT_SHARE = 50
@@ -54,24 +55,33 @@ class Row:
     labels: array = dataclasses.field(default_factory=lambda: array("i"))
 
 
-def records(data: str, n_records: int = 0, seed: int = 0, split: str = "train") -> list[Record]:
+def records(
+    data: str, n_records: int = 0, seed: int = 0, split: str = "train", passed_over: Counter | None = None
+) -> list[Record]:
     """Return instruction records in an order shuffled by `seed`, of the training or the held-out split.
 
     data      `instructlab-sdg`: 24,545 single turns that need no hub, their constant system message left out; `lamini`, `alpaca`
-              or a hub id: its train split; a local .jsonl or .json file (a list).
+              or a hub id: its train split; a local file of records (`files.read_records`).
     n_records the first so many, 0 for all.
+    passed_over counts records without an instruction or a response, which are left out.
 
-    A record has `messages` with one user and one assistant turn, or `instruction` (with `input`, if any, on a new line) and
-    `response` or `output`. Empty responses are passed over. Raises UserError for a source that is missing, a record of another
-    form, and too few records.
+    A record has `messages` or `conversations` (`chat.turns`) of one user and one assistant turn, or `instruction` or `prompt`
+    (with `input` or `context`, if any, on a new line) and `response`, `output` or `completion`. Raises UserError for a source
+    that is missing, a record of another form, and too few records.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
     if n_records < 0:
         raise UserError(f"n_records {n_records} is negative: give the number of records, or 0 for all.")
-    found = (record for record in map(_record, _source(data, seed)) if record.response.strip())
-    chosen = (record for record in found if (split == "held_out") == _is_held_out(record))
-    kept = list(itertools.islice(chosen, n_records or None))
+    kept, passed_over = [], Counter() if passed_over is None else passed_over
+    for place, raw in _source(data, seed):
+        record = _record(place, raw)
+        if not record:
+            passed_over["without text"] += 1
+        elif (split == "held_out") == _is_held_out(record):
+            kept.append(record)
+            if len(kept) == n_records:
+                break
     if not kept or len(kept) < n_records:
         raise UserError(
             f"data {data!r} has {len(kept)} {split.replace('_', '-')} records, fewer than the {max(n_records, 1)} asked for: "
@@ -80,18 +90,22 @@ def records(data: str, n_records: int = 0, seed: int = 0, split: str = "train") 
     return kept
 
 
-def pack(tokenizer, chosen: Iterable[Record], seq_len: int) -> list[Row]:
+def pack(
+    tokenizer, chosen: Iterable[Record], seq_len: int, bos: bool | str = tokens.AUTO, context: int | None = None
+) -> list[Row]:
     """Return `chosen` as packed rows of at most `seq_len` tokens, each example whole and in one row.
 
-    Prompt and response are tokenised together, as they are read later; what the tokenizer puts in front (a BOS) stays, an EOS
-    ends every response. Labels are the next token where that token belongs to a response. An example longer than a row is cut at
-    its end (and has no EOS then); one whose prompt alone fills a row is left out. Raises UserError when nothing is left or the
-    tokenizer has no EOS.
+    Prompt and response are tokenised together, as they are read later, after what `tokens.prefix` gives for `bos`; an EOS ends
+    every response and is learned. Labels are the next token where that token belongs to a response. An example longer than a
+    row, or than `context` tokens, is cut at its end (and has no EOS then); one whose prompt alone fills that is left out. Raises
+    UserError when nothing is left, for a tokenizer without EOS, and for one that cannot say where a token stands in the text.
     """
+    if not tokenizer.is_fast:
+        raise UserError("model: its tokenizer cannot tell prompt from response (it is not a fast one): choose another model.")
     if tokenizer.eos_token_id is None:
         raise UserError("model: its tokenizer has no EOS token, so no response could be taught to end: choose another model.")
     rows, room = [], []
-    for input_ids, labels in _examples(tokenizer, chosen, seq_len):
+    for input_ids, labels in _examples(tokenizer, chosen, min(seq_len, context or seq_len), tokens.prefix(tokenizer, bos)):
         # `room` is kept ascending with the open rows beside it: the fullest row that still takes the example gets it.
         place = bisect.bisect_left(room, len(input_ids), key=lambda entry: entry[0])
         free, row = room.pop(place) if place < len(room) else (seq_len, Row())
@@ -126,17 +140,15 @@ def count_tokens(rows: list[Row]) -> tuple[int, int]:
     return sum(len(row.input_ids) for row in rows), sum(label != NO_LOSS for row in rows for label in row.labels)
 
 
-def _examples(tokenizer, chosen: Iterable[Record], seq_len: int) -> Iterator[tuple[list[int], list[int]]]:
+def _examples(tokenizer, chosen: Iterable[Record], longest: int, prefix: list[int]) -> Iterator[tuple[list[int], list[int]]]:
     chosen = iter(chosen)
     while batch := list(itertools.islice(chosen, TOKENIZER_BATCH)):
         texts = [record.prompt + record.response for record in batch]
-        encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+        encoded = tokens.encode(tokenizer, texts, return_offsets_mapping=True)
         for record, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            # Special tokens have the offset (0, 0); a token across the border belongs to the prompt.
-            answered = [start >= len(record.prompt) for start, _ in offsets]
-            if ids[-1] != tokenizer.eos_token_id:
-                ids, answered = [*ids, tokenizer.eos_token_id], [*answered, True]
-            ids, answered = ids[:seq_len], answered[:seq_len]
+            ids = [*prefix, *ids, tokenizer.eos_token_id][:longest]
+            # A token across the border belongs to the prompt.
+            answered = [*(False for _ in prefix), *(start >= len(record.prompt) for start, _ in offsets), True][:longest]
             labels = [token if kept else NO_LOSS for token, kept in zip(ids[1:], answered[1:], strict=True)]
             if any(answered[1:]):
                 yield ids, [*labels, NO_LOSS]
@@ -146,56 +158,45 @@ def _is_held_out(record: Record) -> bool:
     return int(document_hash(record.prompt), 16) % HELD_OUT_SHARE == 0
 
 
-def _record(raw: dict) -> Record:
-    if "messages" in raw:
-        turns = [turn for turn in raw["messages"] if turn["role"] != "system"]
+def _record(place: str, raw: dict) -> Record | None:
+    """Return the record, None where its instruction or its response has no text."""
+    conversation = next((raw[name] for name in chat.COLUMNS if name in raw), None)
+    if conversation is None and isinstance(raw.get("prompt"), list) and isinstance(raw.get("completion"), list):
+        conversation = raw["prompt"] + raw["completion"]
+    if conversation is not None:
+        turns = [turn for turn in chat.turns(conversation, place) if turn["role"] != "system"]
         if [turn["role"] for turn in turns] != ["user", "assistant"]:
-            raise UserError("data: a record's messages are not one user and one assistant turn: split longer conversations.")
+            raise UserError(f"{place} is not one user and one assistant turn: split longer conversations.")
         instruction, response = (turn["content"] for turn in turns)
     else:
-        response = raw.get("response", raw.get("output"))
-        if not isinstance(raw.get("instruction"), str) or not isinstance(response, str):
+        instruction, further, response = (
+            next((raw[name] for name in names if raw.get(name) is not None), "") for names in (_INSTRUCTIONS, _INPUTS, _RESPONSES)
+        )
+        if not raw.keys() & set(_RESPONSES) or not all(isinstance(part, str) for part in (instruction, further, response)):
             raise UserError(
-                f"data: a record has {', '.join(map(str, raw))} and neither messages nor instruction with response or output: "
-                "rename its fields."
+                f"{place} has {', '.join(map(str, raw))} and neither messages nor text as {' or '.join(_INSTRUCTIONS)} with "
+                f"{' or '.join(_RESPONSES)}: rename its fields."
             )
-        instruction = "\n".join(part for part in (raw["instruction"], raw.get("input") or "") if part)
-    return Record(TEMPLATE.format(instruction=instruction), response)
+        instruction = "\n".join(part for part in (instruction, further) if part)
+    return Record(TEMPLATE.format(instruction=instruction), response) if instruction.strip() and response.strip() else None
 
 
-def _source(data: str, seed: int) -> Iterable[dict]:
-    if data == OFFLINE:
-        return _shuffled(_read(assets.path(OFFLINE)), seed)
-    if Path(data).suffix in (".jsonl", ".json"):
-        for file in (Path(data).expanduser(), paths.project() / data):
-            if file.is_file():
-                return _shuffled(_read(file), seed)
-        raise UserError(f"data {data} does not exist: give {OFFLINE}, {', '.join(HUB)}, a hub id, or a .jsonl or .json file.")
-    return _from_hub(data, seed)
+def _source(data: str, seed: int) -> Iterable[tuple[str, dict]]:
+    file = assets.path(OFFLINE) if data == OFFLINE else None if data in HUB else files.find(data, "data", files.RECORD_SUFFIXES)
+    return _shuffled(list(files.read_records(file, "data")), seed) if file else _from_hub(data, seed)
 
 
-def _read(file: Path) -> list[dict]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        # Split at line feeds only: JSON strings may hold other line separators.
-        found = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, OSError) as error:
-        raise UserError(f"data {file} is not readable as {file.suffix[1:]} ({error}): check the file.") from error
-    if not isinstance(found, list) or not all(isinstance(raw, dict) for raw in found):
-        raise UserError(f"data {file} is no list of records: give one JSON object per line, or a list of them.")
-    return found
-
-
-def _shuffled(raw: list[dict], seed: int) -> Iterator[dict]:
+def _shuffled(raw: list[tuple[str, dict]], seed: int) -> Iterator[tuple[str, dict]]:
     return (raw[index] for index in np.random.default_rng(seed).permutation(len(raw)))
 
 
-def _from_hub(data: str, seed: int) -> Iterator[dict]:
+def _from_hub(data: str, seed: int) -> Iterator[tuple[str, dict]]:
     from datasets import load_dataset
 
     try:
         stream = load_dataset(HUB.get(data, data), split="train", streaming=True)
-        yield from stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for number, raw in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), 1):
+            yield f"data {data!r}, record {number}", raw
     # The hub's client raises many types that share no base class.
     except Exception as error:
         raise UserError(
