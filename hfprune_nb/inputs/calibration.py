@@ -21,13 +21,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from hfprune_nb import files
+from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import assets, benchmarks, chat, tokens
 
 SPLITS = ("calibration", "evaluation")
 TASK_PROMPTS = "task-prompts"
-LOCAL_SUFFIXES = (".txt", *files.RECORD_SUFFIXES)
+LOCAL_SUFFIXES = (".txt", *text_files.RECORD_SUFFIXES)
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
 SHUFFLE_BUFFER = 10_000
@@ -104,7 +104,7 @@ def documents(
     hub id        train split                     its validation or test split, else one document in ten as above
 
     A local file is .txt (documents separated by blank lines; without any blank line, one document per line), or of records
-    (`files.read_records`) with the text in `text_column`; a relative path is looked up in the working directory, then in the
+    (`text_files.read_records`) with the text in `text_column`; a relative path is looked up in the working directory, then in the
     project. A hub id may carry a configuration, and the split to share out: `owner/name:configuration:split`.
     chat_tokenizer : renders `text_column` with its chat template, as that holds conversations.
     passed_over : counts records without text, which are left out.
@@ -126,10 +126,10 @@ def documents(
         if split == "calibration":
             raise UserError(f"corpus {TASK_PROMPTS!r} is for evaluation only: calibrate on other text than the tasks' own")
         return _shuffled(benchmarks.prompts(), seed)
-    if file := files.find(corpus, "corpus", LOCAL_SUFFIXES):
-        if files.suffix(file) == ".txt":
+    if file := text_files.find(corpus, "corpus", LOCAL_SUFFIXES):
+        if text_files.suffix(file) == ".txt":
             return _shuffled(_share(_paragraphs(file), split), seed)
-        records = files.read_records(file, "corpus")
+        records = text_files.read_records(file, "corpus")
         return _shuffled(_share(_texts(records, text_column, f"corpus {file}", chat_tokenizer, passed_over), split), seed)
     return _hub_dataset(corpus, split, text_column, seed, chat_tokenizer, passed_over)
 
@@ -256,7 +256,7 @@ def _c4_sample(split: str) -> Iterator[str]:
         return
     known = set(map(document_hash, calibration))
     held_out = assets.path("c4-held-out")
-    for text in _texts(files.read_records(held_out), "text", str(held_out)):
+    for text in _texts(text_files.read_records(held_out), "text", str(held_out)):
         if document_hash(text) not in known:
             yield text
 
@@ -279,7 +279,7 @@ def _wikitext(split: str) -> Iterator[str]:
 
 
 def _paragraphs(file: Path) -> list[str]:
-    text = files.read_text(file, "corpus").strip()
+    text = text_files.read_text(file, "corpus").strip()
     blocks = re.split(r"\n\s*\n", text)
     return blocks if len(blocks) > 1 else text.split("\n")
 

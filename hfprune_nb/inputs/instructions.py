@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from hfprune_nb import files
+from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import assets, chat, tokens
 from hfprune_nb.inputs.calibration import SHUFFLE_BUFFER, TOKENIZER_BATCH, document_hash
@@ -61,7 +61,7 @@ def records(
     """Return instruction records in an order shuffled by `seed`, of the training or the held-out split.
 
     data      `instructlab-sdg`: 24,545 single turns that need no hub, their constant system message left out; `lamini`, `alpaca`
-              or a hub id: its train split; a local file of records (`files.read_records`).
+              or a hub id: its train split; a local file of records (`text_files.read_records`).
     n_records the first so many, 0 for all.
     passed_over counts records without an instruction or a response, which are left out.
 
@@ -182,8 +182,11 @@ def _record(place: str, raw: dict) -> Record | None:
 
 
 def _source(data: str, seed: int) -> Iterable[tuple[str, dict]]:
-    file = assets.path(OFFLINE) if data == OFFLINE else None if data in HUB else files.find(data, "data", files.RECORD_SUFFIXES)
-    return _shuffled(list(files.read_records(file, "data")), seed) if file else _from_hub(data, seed)
+    if data == OFFLINE:
+        file = assets.path(OFFLINE)
+    else:
+        file = None if data in HUB else text_files.find(data, "data", text_files.RECORD_SUFFIXES)
+    return _shuffled(list(text_files.read_records(file, "data")), seed) if file else _from_hub(data, seed)
 
 
 def _shuffled(raw: list[tuple[str, dict]], seed: int) -> Iterator[tuple[str, dict]]:

@@ -12,7 +12,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from hfprune_nb import files, paths
+from hfprune_nb import paths, text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs.benchmarks import BENCHMARKS, benchmark_path
 
@@ -142,7 +142,7 @@ def _local_task(name: str) -> LocalTask:
 def _read(file: Path) -> datasets.Dataset:
     if file.suffix == ".parquet":
         return datasets.Dataset(pyarrow.parquet.read_table(file))
-    return datasets.Dataset.from_list([record for _, record in files.read_records(file, "task records")])
+    return datasets.Dataset.from_list([record for _, record in text_files.read_records(file, "task records")])
 
 
 @functools.cache
