@@ -478,14 +478,13 @@ def sentence_likelihood(model, tokenizer, sentence):
     return float(log_p.gather(-1, ids[0, 1:, None]).sum())
 
 
-def test_a_revision_pins_the_weights(tiny_alias):
+def test_a_revision_pins_the_weights(tiny_alias, monkeypatch):
     model, _ = tiny_alias
     found = evaluation.model_revision(models.TINY, model)
     assert re.fullmatch("config.json sha256 [0-9a-f]{16}", found)
     assert evaluation.model_revision("smollm2-135m", model).startswith("file sha256 ")
-    model.config._commit_hash = "0123abc"
-    assert evaluation.model_revision("owner/name", model) == "commit 0123abc"
-    model.config._commit_hash = None
+    monkeypatch.setattr(model.config, "name_or_path", f"cache/models--owner--name/snapshots/{'0a' * 20}")
+    assert evaluation.model_revision("owner/name", model) == f"commit {'0a' * 20}"
 
 
 # What requests share

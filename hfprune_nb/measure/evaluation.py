@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets
+from hfprune_nb.inputs import assets, hub
 from hfprune_nb.measure import fidelity
 from hfprune_nb.measure.harness import SharedPrefixLM
 from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric, skipped
@@ -172,7 +172,7 @@ def model_revision(name: str, model) -> str:
 
     A commit of the hub, or the first 16 hex digits of a SHA-256: of an asset's pinned file, else of the folder's config.json.
     """
-    if commit := getattr(model.config, "_commit_hash", None):
+    if commit := hub.commit_of(model.config.name_or_path):
         return f"commit {commit}"
     for asset in assets.list_assets():
         if asset.name == name:

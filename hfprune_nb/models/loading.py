@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
 from hfprune_nb.models.units import GatedMLP
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -125,14 +126,15 @@ def _source(name: str) -> str:
         gguf = assets.path(name)
         file = gguf if gguf.is_file() else next(gguf.glob("*.gguf"))
         return str(_cached(name, lambda folder: _convert_gguf(str(file.parent), file.name, folder, name in _RETIED)))
+    local = Path(name).expanduser()
     if name.endswith(".gguf"):
         parent, _, file = name.rpartition("/")
-        local = Path(name).expanduser()
-        state = f"{local.resolve()}:{local.stat().st_size}:{local.stat().st_mtime_ns}" if local.is_file() else name
-        key = f"{local.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
         with _one_sentence(name):
-            return str(_cached(key, lambda folder: _convert_gguf(parent or ".", file, folder, False)))
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+            found = local if local.is_file() else hub.file(parent or ".", file)
+            state = f"{found.resolve()}:{found.stat().st_size}:{found.stat().st_mtime_ns}"
+            key = f"{found.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+            return str(_cached(key, lambda folder: _convert_gguf(str(found.parent), found.name, folder, False)))
+    return str(local if local.is_dir() else hub.model(name))
 
 
 def _cached(key: str, write) -> Path:
