@@ -89,8 +89,9 @@ def models_alphabet():
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("nobody/nothing", {}, "could not be loaded"),
-        ("models/none.gguf", {}, "could not be loaded"),
+        ("nobody/nothing", {}, "is not cached and HF_HUB_OFFLINE is set"),
+        ("models/none.gguf", {}, "is not cached and HF_HUB_OFFLINE is set"),
+        ("tiny-random-lama", {}, "model 'tiny-random-lama' is unknown: did you mean tiny-random-llama"),
         ("tiny-random-llama", {"dtype": "int3"}, "dtype 'int3' is unknown"),
         ("tiny-random-llama", {"device": "cuda:7"}, "device"),
     ],

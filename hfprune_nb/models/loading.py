@@ -1,6 +1,7 @@
 """Causal language models by alias, hub id or folder, and the gated MLPs inside them."""
 
 import contextlib
+import difflib
 import hashlib
 import shutil
 from pathlib import Path
@@ -134,7 +135,11 @@ def _source(name: str) -> str:
             state = f"{found.resolve()}:{found.stat().st_size}:{found.stat().st_mtime_ns}"
             key = f"{found.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
             return str(_cached(key, lambda folder: _convert_gguf(str(found.parent), found.name, folder, False)))
-    return str(local if local.is_dir() else hub.model(name))
+    if local.is_dir():
+        return str(local)
+    if "/" not in name and (near := difflib.get_close_matches(name, aliases(), n=1)):
+        raise UserError(f"model '{name}' is unknown: did you mean {near[0]}? A hub model has the form OWNER/NAME.")
+    return str(hub.model(name))
 
 
 def _cached(key: str, write) -> Path:
