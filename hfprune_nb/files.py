@@ -29,7 +29,7 @@ def load_tensors(file: Path) -> dict:
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist: run the stage that writes it first.") from error
     except SafetensorError as error:
-        raise UserError(f"{file} is truncated or damaged: delete its folder and run the stage again ({error}).") from error
+        raise UserError(f"{file} is truncated or corrupt: delete its folder and run the stage again ({error}).") from error
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ class Runner:
         said, _ = process.communicate(timeout=timeout)
         return process.returncode, said
 
-    def published(self):
-        """The bytes of every published table and figure."""
+    def exported(self):
+        """The bytes of every exported table and figure."""
         files = [path for kind in ("tables", "figures") for path in (self.folder / kind).glob("*") if path.is_file()]
         return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files}
 
@@ -51,7 +51,7 @@ class Runner:
 
     def events(self, kind):
         lines = [line for path in self.folder.glob("log/*.jsonl") for line in path.read_text().splitlines()]
-        return Counter(event.get("cell") for event in map(json.loads, lines) if event["event"] == kind)
+        return Counter(event.get("job") for event in map(json.loads, lines) if event["event"] == kind)
 
     def leftovers(self):
         return [path.name for path in self.folder.rglob("*") if LEFTOVER.search(path.name)]
@@ -59,7 +59,7 @@ class Runner:
 
 def same(study: Runner, undisturbed: Runner):
     """Assert that a study ended as the undisturbed one did, and that nothing is left of what disturbed it."""
-    assert study.published() == undisturbed.published() != {}
+    assert study.exported() == undisturbed.exported() != {}
     assert study.digests() == undisturbed.digests()
     assert study.leftovers() == []
 

@@ -81,7 +81,7 @@ def test_any_edit_is_damage(folder, edit):
     artifact = make(folder, "original")
     artifact.path("value.txt").write_text(edit)
     assert artifact.done and not artifact.current
-    with pytest.raises(UserError, match="damaged.*value.txt.*delete the folder"):
+    with pytest.raises(UserError, match="corrupt.*value.txt.*delete the folder"):
         open_artifact(folder)
 
 
@@ -105,10 +105,10 @@ def test_copied_artifact_with_new_times_stays_current(folder):
 def test_lost_file_and_broken_manifest_are_damage(folder):
     artifact = make(folder)
     artifact.path("value.txt").unlink()
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         artifact.check()
     artifact.path("DONE").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         artifact.check()
 
 

@@ -15,7 +15,7 @@ import toys
 import hfprune_nb.inputs
 from hfprune_nb.cli.main import main
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import study
+from hfprune_nb.runs import grid, scheduler, status
 
 
 @pytest.fixture
@@ -51,15 +51,15 @@ def assets(monkeypatch):
 
 
 @pytest.fixture
-def no_cells(monkeypatch):
-    """Studies whose cells are not executed: `run` reports the outcomes set in `states`."""
+def no_jobs(monkeypatch):
+    """Studies whose jobs are not executed: `run` reports the outcomes set in `states`."""
     states = ["computed"]
     monkeypatch.setattr(
-        study,
+        scheduler,
         "run",
-        lambda loaded, workers, progress, gpus: study.Summary(
+        lambda loaded, workers, progress, gpus: status.Summary(
             loaded,
-            [study.Outcome(cell, states[0], error="why") for cell in study.plan(loaded)],
+            [status.Outcome(job, states[0], error="why") for job in grid.plan(loaded)],
             1.0,
         ),
     )
@@ -75,14 +75,14 @@ def no_cells(monkeypatch):
         ["study", "run"],
         ["study", "clean"],
         ["study", "verify"],
-        ["study", "cell"],
+        ["study", "job"],
         ["study", "rates"],
         ["assets", "fetch"],
     ],
 )
 def test_help_says_what_it_is_for(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        main.main([*arguments, "--help"])
+        main([*arguments, "--help"])
     assert caught.value.code == 0
     assert "usage: hfprune" in capsys.readouterr().out
 
@@ -90,88 +90,88 @@ def test_help_says_what_it_is_for(arguments, capsys):
 def test_help_has_examples_and_exit_codes(capsys):
     for arguments, words in ((["--help"], "hfprune study run offline"), (["study", "run", "--help"], "Exit status: 0")):
         with pytest.raises(SystemExit):
-            main.main(arguments)
+            main(arguments)
         assert words in capsys.readouterr().out
 
 
 def test_version(capsys):
     with pytest.raises(SystemExit):
-        main.main(["--version"])
+        main(["--version"])
     assert capsys.readouterr().out == f"hfprune {hfprune_nb.__version__}\n"
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])
 def test_bad_option_is_refused(workers):
     with pytest.raises(SystemExit) as caught:
-        main.main(["study", "run", "toy", "--workers", workers])
+        main(["study", "run", "toy", "--workers", workers])
     assert caught.value.code == 2
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(project, capsys):
     toys.write_study(project, "bad", criterion=["entropy"])
-    assert main.main(["study", "run", "bad"]) == 2
+    assert main(["study", "run", "bad"]) == 2
     said = capsys.readouterr()
     assert said.err == "error: bad.yaml: unknown key 'criterion', did you mean 'criteria'?\n" and said.out == ""
-    assert main.main(["study", "status", "toi"]) == 2
+    assert main(["study", "status", "toi"]) == 2
     assert "did you mean 'toy'?" in capsys.readouterr().err
 
 
 def test_assets_list_and_fetch(assets, project, capsys):
-    assert main.main(["assets", "list"]) == 0
+    assert main(["assets", "list"]) == 0
     assert "model" in capsys.readouterr().out
-    assert main.main(["assets", "fetch", "model"]) == 0 and assets.fetched == ["model"]
-    assert main.main(["assets", "fetch", "--all"]) == 0
-    assert main.main(["assets", "fetch"]) == 2
+    assert main(["assets", "fetch", "model"]) == 0 and assets.fetched == ["model"]
+    assert main(["assets", "fetch", "--all"]) == 0
+    assert main(["assets", "fetch"]) == 2
     before = list(assets.fetched)
-    assert main.main(["assets", "fetch", "model", "modle"]) == 2 and assets.fetched == before
+    assert main(["assets", "fetch", "model", "modle"]) == 2 and assets.fetched == before
 
 
 @pytest.mark.parametrize(("flag", "fetched"), [("--fetch", ["model"]), ("--no-fetch", [])])
-def test_run_fetches_the_assets_of_the_study(assets, project, no_cells, flag, fetched):
+def test_run_fetches_the_assets_of_the_study(assets, project, no_jobs, flag, fetched):
     toys.write_study(project, assets=["model"])
-    assert main.main(["study", "run", "toy", flag]) == 0
+    assert main(["study", "run", "toy", flag]) == 0
     assert assets.fetched == fetched
 
 
-def test_failed_cells_give_exit_code_1_and_a_summary(project, no_cells, capsys):
-    no_cells[0] = "failed"
-    assert main.main(["study", "run", "toy"]) == 1
+def test_failed_jobs_give_exit_code_1_and_a_summary(project, no_jobs, capsys):
+    no_jobs[0] = "failed"
+    assert main(["study", "run", "toy"]) == 1
     said = capsys.readouterr().out
     assert "12 failed" in said and said.count("why") == 12
 
 
 def test_status_and_plan(project, capsys):
-    assert main.main(["study", "status", "toy"]) == 0
+    assert main(["study", "status", "toy"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 13 and said[-1] == "12 cells: 12 waiting"
+    assert len(said) == 13 and said[-1] == "12 jobs: 12 waiting"
     assert said[0].split() == ["waiting", "evaluation", "tiny,", "dense"]
-    assert main.main(["study", "plan", "toy"]) == 0
+    assert main(["study", "plan", "toy"]) == 0
     said = capsys.readouterr().out
     assert "total           12     0" in said and "whole study by workers or GPUs: 1: " in said and "64: " in said
     assert "rates of the cpu: Measured" in said
 
 
-def test_graph_names_every_cell_and_what_it_waits_for(project, capsys):
-    assert main.main(["study", "graph", "toy"]) == 0
+def test_graph_names_every_job_and_what_it_waits_for(project, capsys):
+    assert main(["study", "graph", "toy"]) == 0
     graph = json.loads(capsys.readouterr().out)
-    cells = {cell["reference"]: cell for cell in graph["cells"]}
-    assert len(cells) == 12 and graph["threads"] == 1 and graph["folder"] == str(project / "results" / "toy")
-    assert all(set(cell["needs"]) <= cells.keys() for cell in cells.values())
-    assert all(cell["output"].endswith(f"{name}/notebook.ipynb") for name, cell in cells.items())
-    assert all(cell["minutes"] >= 10 and cell["memory_mb"] >= 1000 for cell in cells.values())
+    jobs = {job["reference"]: job for job in graph["jobs"]}
+    assert len(jobs) == 12 and graph["threads"] == 1 and graph["folder"] == str(project / "results" / "toy")
+    assert all(set(job["needs"]) <= jobs.keys() for job in jobs.values())
+    assert all(job["output"].endswith(f"{name}/notebook.ipynb") for name, job in jobs.items())
+    assert all(job["minutes"] >= 10 and job["memory_mb"] >= 1000 for job in jobs.values())
 
 
-def test_cell_computes_one_cell_once_and_refuses_one_without_its_inputs(project, capsys):
-    assert main.main(["study", "graph", "toy"]) == 0
-    cells = json.loads(capsys.readouterr().out)["cells"]
-    first = {cell["stage"]: cell["reference"] for cell in reversed(cells)}
+def test_job_computes_one_job_once_and_refuses_one_without_its_inputs(project, capsys):
+    assert main(["study", "graph", "toy"]) == 0
+    jobs = json.loads(capsys.readouterr().out)["jobs"]
+    first = {job["stage"]: job["reference"] for job in reversed(jobs)}
     for state in ("computed", "done"):
-        assert main.main(["study", "cell", "toy", first["calibration"]]) == 0
+        assert main(["study", "job", "toy", first["calibration"]]) == 0
         assert capsys.readouterr().out.startswith(state)
-    assert main.main(["study", "cell", "toy", first["pruning"]]) == 2
-    assert "which is not finished: run that cell first" in capsys.readouterr().err
-    assert main.main(["study", "cell", "toy", "pruning/0"]) == 2
-    assert "has no cell 'pruning/0'" in capsys.readouterr().err
+    assert main(["study", "job", "toy", first["pruning"]]) == 2
+    assert "which is not finished: run that job first" in capsys.readouterr().err
+    assert main(["study", "job", "toy", "pruning/0"]) == 2
+    assert "has no job 'pruning/0'" in capsys.readouterr().err
     (done,) = (project / "results" / "toy").glob("*/*/DONE")
     assert f"calibration/{done.parent.name}" == first["calibration"]
 
@@ -179,7 +179,7 @@ def test_cell_computes_one_cell_once_and_refuses_one_without_its_inputs(project,
 def test_rates_are_fitted_to_cards(project, capsys):
     folder = Path(__file__).parents[1] / "results" / "offline"
     before = (project / "data" / "rates.yaml").read_text()
-    assert main.main(["study", "rates", str(folder / "cards.json")]) == 0
+    assert main(["study", "rates", str(folder / "cards.json")]) == 0
     assert "scoring" in capsys.readouterr().out
     assert (project / "data" / "rates.yaml").read_text() != before
 
@@ -188,26 +188,26 @@ def test_results_folder_can_be_chosen(project, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path / "unused"))
     kept = tmp_path / "elsewhere" / "toy" / "scoring" / "0123456789abcdef"
     kept.mkdir(parents=True)
-    assert main.main(["study", "clean", "toy", "--results", str(tmp_path / "elsewhere"), "--yes"]) == 0
+    assert main(["study", "clean", "toy", "--results", str(tmp_path / "elsewhere"), "--yes"]) == 0
     assert not kept.exists()
 
 
 def test_clean_shows_first_and_asks(project, capsys, monkeypatch):
     folder = project / "results" / "toy"
-    artifact, published = folder / "scoring" / "0123456789abcdef", folder / "tables" / "table.csv"
-    for path in (artifact, published.parent):
+    artifact, exported = folder / "scoring" / "0123456789abcdef", folder / "tables" / "table.csv"
+    for path in (artifact, exported.parent):
         path.mkdir(parents=True)
-    published.write_text("1,2")
+    exported.write_text("1,2")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
-    assert main.main(["study", "clean", "toy"]) == 2 and artifact.exists()
+    assert main(["study", "clean", "toy"]) == 2 and artifact.exists()
     assert str(artifact) in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda question: "n")
-    assert main.main(["study", "clean", "toy"]) == 0 and artifact.exists()
+    assert main(["study", "clean", "toy"]) == 0 and artifact.exists()
     monkeypatch.setattr("builtins.input", lambda question: "y")
-    assert main.main(["study", "clean", "toy"]) == 0 and not artifact.exists() and published.exists()
-    assert main.main(["study", "clean", "toy", "--published", "--yes"]) == 0 and not folder.exists()
-    assert main.main(["study", "clean", "toy"]) == 0 and "nothing to delete" in capsys.readouterr().out
+    assert main(["study", "clean", "toy"]) == 0 and not artifact.exists() and exported.exists()
+    assert main(["study", "clean", "toy", "--exported", "--yes"]) == 0 and not folder.exists()
+    assert main(["study", "clean", "toy"]) == 0 and "nothing to delete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -216,11 +216,11 @@ def test_interrupt_is_one_line_and_exit_code_130(project, monkeypatch, capsys, r
         os.kill(os.getpid(), signal_number)
         time.sleep(1)
 
-    monkeypatch.setattr(study, "run", interrupted)
+    monkeypatch.setattr(scheduler, "run", interrupted)
     # A shell that runs the tests in the background has its children ignore interrupts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    assert main.main(["study", "run", "toy"]) == 130
+    assert main(["study", "run", "toy"]) == 130
     assert capsys.readouterr().err == "interrupted: run the same command again to continue\n"
 
 
@@ -232,9 +232,9 @@ def test_status_imports_nothing_heavy(project):
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)
 
 
-def test_an_unknown_criterion_stops_a_study_before_anything_runs(project, assets, no_cells, capsys):
+def test_an_unknown_criterion_stops_a_study_before_anything_runs(project, assets, no_jobs, capsys):
     path = toys.write_study(project, criteria=["entropie"])
-    assert main.main(["study", "run", str(path)]) == 2
+    assert main(["study", "run", str(path)]) == 2
     said = capsys.readouterr()
     assert "did you mean 'entropy'" in said.err and said.err.count("\n") == 1
     assert assets.fetched == []

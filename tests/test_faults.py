@@ -1,4 +1,4 @@
-"""Faults on toy studies: whatever is killed, damaged, full, hanging or run twice, a resumed study has the same bytes."""
+"""Faults on toy studies: whatever is killed, corrupt, full, hanging or run twice, a resumed study has the same bytes."""
 
 import contextlib
 import os
@@ -17,9 +17,10 @@ import toys
 from faults import PACKAGE, Runner, kill_and_resume, same
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import locks, stage, study
+from hfprune_nb.runs import locks, parameters, stage, study, worker
 from hfprune_nb.runs.artifacts import Writer
 from hfprune_nb.runs.locks import Lock
+from hfprune_nb.runs.status import status as status_of
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL are POSIX features")
 
@@ -39,7 +40,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture
-def damaged(undisturbed, tmp_path):
+def corrupt(undisturbed, tmp_path):
     """A copy of the finished study that a test may damage."""
     shutil.copytree(undisturbed.environment["HFPRUNE_HOME"], tmp_path / "copy", copy_function=shutil.copy2)
     return toy_runner(tmp_path / "copy")
@@ -60,17 +61,17 @@ def run_together(project, undisturbed, runners):
     same(toy, undisturbed)
 
 
-def test_two_runners_share_a_folder_and_compute_every_cell_once(undisturbed, tmp_path):
+def test_two_runners_share_a_folder_and_compute_every_job_once(undisturbed, tmp_path):
     run_together(tmp_path, undisturbed, 2)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_four_runners_share_a_folder_and_compute_every_cell_once(undisturbed, tmp_path):
+def test_four_runners_share_a_folder_and_compute_every_job_once(undisturbed, tmp_path):
     run_together(tmp_path, undisturbed, 4)
 
 
-def test_a_worker_that_is_killed_costs_no_cell(undisturbed, tmp_path):
+def test_a_worker_that_is_killed_costs_no_job(undisturbed, tmp_path):
     toy = toy_runner(toys.write_project(tmp_path), "small")
     toys.write_study(tmp_path, "small", seeds=[0], criteria=["entropy"])
     process = toy.begin()
@@ -98,31 +99,31 @@ def overwrite(path, content):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_verify_finds_damage_and_reruns_just_that(damaged, undisturbed):
-    first = {name: sorted((damaged.folder / name).glob("[0-9a-f]*"))[0] for name in ("scoring", "pruning", "evaluation")}
+def test_verify_finds_damage_and_reruns_just_that(corrupt, undisturbed):
+    first = {name: sorted((corrupt.folder / name).glob("[0-9a-f]*"))[0] for name in ("scoring", "pruning", "evaluation")}
     value = (first["pruning"] / "value.txt").read_bytes()
     overwrite(first["pruning"] / "value.txt", bytes([value[0] ^ 1]) + value[1:])
     overwrite(first["scoring"] / "value.txt", b"")
     (first["evaluation"] / "notebook.ipynb").write_bytes(b"{")
-    sealed = damaged.sealed()
-    status, said = damaged.run("verify", "--dry-run")
-    assert status == 1 and damaged.sealed() == sealed
+    sealed = corrupt.sealed()
+    status, said = corrupt.run("verify", "--dry-run")
+    assert status == 1 and corrupt.sealed() == sealed
     assert all(f"{name}/{folder.name}" in said for name, folder in first.items()) and "3 of 12" in said
-    status, said = damaged.run("verify")
-    assert status == 0 and damaged.events("computed") - undisturbed.events("computed") == Counter(
+    status, said = corrupt.run("verify")
+    assert status == 0 and corrupt.events("computed") - undisturbed.events("computed") == Counter(
         f"{name}/{folder.name}" for name, folder in first.items()
     ), said
-    again = damaged.sealed()
+    again = corrupt.sealed()
     assert {folder for folder in sealed if again[folder] != sealed[folder]} == set(first.values())
-    same(damaged, undisturbed)
-    assert damaged.run("verify") == (0, "study toy: 12 artifacts, every byte as it was written\n")
+    same(corrupt, undisturbed)
+    assert corrupt.run("verify") == (0, "study toy: 12 artifacts, every byte as it was written\n")
 
 
-def test_a_damaged_manifest_is_damage(damaged, undisturbed):
-    (done,) = (damaged.folder / "figures").glob("[0-9a-f]*/DONE")
+def test_a_damaged_manifest_is_damage(corrupt, undisturbed):
+    (done,) = (corrupt.folder / "figures").glob("[0-9a-f]*/DONE")
     overwrite(done, done.read_bytes()[:20])
-    assert damaged.run("verify")[0] == 0
-    same(damaged, undisturbed)
+    assert corrupt.run("verify")[0] == 0
+    same(corrupt, undisturbed)
 
 
 # -- what kills leave behind
@@ -133,7 +134,7 @@ def calibration(tmp_path, monkeypatch):
     """Return a function that begins a calibration in this process, as a notebook does."""
     monkeypatch.setenv("HFPRUNE_HOME", str(toys.write_project(tmp_path)))
     monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
-    return lambda: stage.start("calibration", "toy", **stage.complete("calibration", {}))
+    return lambda: stage.start("calibration", "toy", **parameters.complete("calibration", {}))
 
 
 def test_killed_between_the_two_renames(calibration):
@@ -170,7 +171,7 @@ def test_scratch_outlives_a_killed_kernel_and_goes_with_the_run(tmp_path, calibr
     assert not stage.scratch_folder(artifact).exists()
 
 
-def test_a_hanging_cell_is_stopped_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_hanging_job_is_stopped_and_the_others_go_on(tmp_path, monkeypatch):
     toy = toy_runner(toys.write_project(tmp_path))
     hang = "import time\nif seed == 1:\n    time.sleep(600)"
     toys.write_stage(tmp_path, "calibration", "01_calibration.ipynb", toys.CALIBRATION, before=hang)
@@ -178,7 +179,7 @@ def test_a_hanging_cell_is_stopped_and_the_others_go_on(tmp_path, monkeypatch):
     status, said = toy.run()
     assert status == 1 and "stopped after 0.1 minutes: raise run.timeout_minutes" in said
     monkeypatch.setenv("HFPRUNE_HOME", str(tmp_path))
-    states = Counter(outcome.state for outcome in study.status(study.load("toy")))
+    states = Counter(outcome.state for outcome in status_of(study.load("toy")))
     assert states["failed"] == 1 and states["done"] == 5 and not states["running"]
 
 
@@ -253,14 +254,14 @@ def test_a_lock_without_heartbeat_is_taken_over_after_a_while(tmp_path, monkeypa
     lock.release()
 
 
-def test_a_cell_waits_until_all_its_gpus_are_free_and_holds_none_meanwhile(tmp_path, monkeypatch):
+def test_a_job_waits_until_all_its_gpus_are_free_and_holds_none_meanwhile(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     owner = child(tmp_path / "hfprune-gpus" / ".1.lock", "print(lock.take(), flush=True); sys.stdin.read(); lock.release()")
-    with study._gpus(3, {"device": "cuda", "processes": 2}) as chosen:
+    with worker.gpus_for(3, {"device": "cuda", "processes": 2}) as chosen:
         assert chosen == {"CUDA_VISIBLE_DEVICES": "0,2"}
     first = tmp_path / "hfprune-gpus" / ".0.lock"
-    waits = threading.Thread(target=lambda: stack.enter_context(study._gpus(2, {"device": "balanced"})))
+    waits = threading.Thread(target=lambda: stack.enter_context(worker.gpus_for(2, {"device": "balanced"})))
     with contextlib.ExitStack() as stack:
         waits.start()
         assert any(time.sleep(0.05) or (waits.is_alive() and not first.exists()) for _ in range(100))
@@ -268,10 +269,10 @@ def test_a_cell_waits_until_all_its_gpus_are_free_and_holds_none_meanwhile(tmp_p
         waits.join(timeout=30)
         assert not waits.is_alive() and first.exists()
     owner.wait()
-    with study._gpus(3, {"device": "cpu", "processes": 2}) as chosen:
+    with worker.gpus_for(3, {"device": "cpu", "processes": 2}) as chosen:
         assert chosen == {"CUDA_VISIBLE_DEVICES": "0"}
     too_many = {"device": "cuda", "processes": 4}
-    with pytest.raises(UserError, match="processes 4 are more than the 3 GPUs of --gpus"), study._gpus(3, too_many):
+    with pytest.raises(UserError, match="processes 4 are more than the 3 GPUs of --gpus"), worker.gpus_for(3, too_many):
         pass
 
 

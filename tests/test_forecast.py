@@ -33,7 +33,7 @@ def test_makespan_of_a_graph_by_hand(workers, seconds):
     assert forecast.makespan(times, depends, workers) == seconds
 
 
-def test_finished_cells_hold_nobody_up():
+def test_finished_jobs_hold_nobody_up():
     assert forecast.makespan({"b": 2.0}, {"b": ("a",)}, 1) == 2
     assert forecast.makespan({}, {}, 1) == 0
 
@@ -55,11 +55,11 @@ def test_fitting_finds_the_rates_that_made_the_cards():
 
 def test_every_study_of_the_kit_has_a_forecast():
     for path in sorted((RESULTS.parent / "notebooks" / "studies").glob("*.yaml")):
-        needs = study.needs(study.load(path))
+        needs = forecast.needs(study.load(path))
         assert all(need.seconds > 0 and need.memory > 0 and need.disk > 0 for need in needs.values()), path.stem
 
 
-def test_more_workers_never_take_longer_and_done_cells_cost_nothing(tmp_path, monkeypatch):
+def test_more_workers_never_take_longer_and_done_jobs_cost_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("HFPRUNE_HOME", str(toys.write_project(tmp_path)))
     monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
     monkeypatch.setattr(forecast, "rates", lambda: known)
@@ -70,12 +70,12 @@ def test_more_workers_never_take_longer_and_done_cells_cost_nothing(tmp_path, mo
     }  # fmt: skip
     monkeypatch.setattr(forecast, "work", lambda *_: (1, 0))
     loaded = study.load("toy")
-    hours = [study.hours(loaded, workers) for workers in (1, 2, 8)]
+    hours = [forecast.hours(loaded, workers) for workers in (1, 2, 8)]
     assert hours[0] * 3600 == pytest.approx(12 * 4.0) and hours == sorted(hours, reverse=True)
     monkeypatch.setattr(Artifact, "current", property(lambda self: True))
     monkeypatch.setattr(Path, "is_file", lambda self: True)
     monkeypatch.setattr(Artifact, "card", property(lambda self: {"seconds": 1.0}))
-    assert study.hours(loaded, 1, only_missing=True) == 0
+    assert forecast.hours(loaded, 1, only_missing=True) == 0
 
 
 @pytest.mark.parametrize("cards_file", MEASURED, ids=lambda path: path.parent.name)
@@ -89,7 +89,7 @@ def test_the_committed_rates_agree_with_the_committed_cards(cards_file):
 
 
 def busy_seconds(cards):
-    """Wall-clock during which at least one of the cells was computed: a pause between two runs does not count."""
+    """Wall-clock during which at least one of the jobs was computed: a pause between two runs does not count."""
     spans = sorted((datetime.fromisoformat(c["started"]), datetime.fromisoformat(c["finished"])) for c in cards.values())
     busy, until = 0.0, spans[0][0]
     for began, ended in spans:
@@ -99,7 +99,7 @@ def busy_seconds(cards):
 
 
 def test_the_offline_study_took_as_long_as_predicted():
-    """Within 30 %, two cells at a time."""
+    """Within 30 %, two jobs at a time."""
     cards = read_json(RESULTS / "offline" / "cards.json")
     needs, depends = predicted(cards, forecast.rates())
     assert 3600 * forecast.total(needs, depends, workers=2) == pytest.approx(busy_seconds(cards), rel=0.3)

@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import stage, study
+from hfprune_nb.runs import grid, parameters, stages, study
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-STAGES = {path.name: name for name, path in ((name, FOLDER / entry.notebook) for name, entry in stage.STAGES.items())}
+STAGES = {path.name: name for name, path in ((name, FOLDER / entry.notebook) for name, entry in stages.STAGES.items())}
 STUDIES = sorted((FOLDER / "studies").glob("*.yaml"))
 PAPER_MODELS = {"llama-2-7b", "llama-3.2-3b", "llama-3.2-1b", "qwen2.5-7b", "qwen2.5-1.5b", "qwen3-1.7b"}
 
@@ -129,7 +129,7 @@ def test_the_stage_starts_with_all_its_parameters(name):
     stage_name, study_name = call.args
     assert ast.literal_eval(stage_name) == STAGES[name] and ast.unparse(study_name) == "study"
     passed = [keyword.arg for keyword in call.keywords]
-    assert passed == [name for name in stage.notebook_parameters(path) if name != "study"]
+    assert passed == [name for name in parameters.notebook_parameters(path) if name != "study"]
     assert all(ast.unparse(keyword.value) == keyword.arg for keyword in call.keywords), "a value is changed on its way"
     assert [text for text in code(path) if "run.finish(" in text], "the run is never sealed"
 
@@ -144,7 +144,7 @@ def test_each_stage_checks_what_it_made(name):
 def test_shared_parameters_mean_the_same_everywhere():
     kinds = {}
     for path in NOTEBOOKS:
-        for name, parameter in stage.notebook_parameters(path).items():
+        for name, parameter in parameters.notebook_parameters(path).items():
             kinds.setdefault(name, set()).add(parameter.type)
     assert not {name: found for name, found in kinds.items() if len(found) > 1}
 
@@ -160,10 +160,10 @@ def test_every_promised_study_is_there():
 def test_study_files_load_and_plan(path, monkeypatch, tmp_path):
     monkeypatch.setenv("HFPRUNE_RESULTS", str(tmp_path))
     loaded = study.load(path)
-    plan = study.plan(loaded)
+    plan = grid.plan(loaded)
     assert loaded.name == path.stem and loaded.description
     assert len({cell.reference for cell in plan}) == len(plan)
-    by_stage = {name: [cell for cell in plan if cell.stage == name] for name in stage.STAGES}
+    by_stage = {name: [cell for cell in plan if cell.stage == name] for name in stages.STAGES}
     if not loaded.criteria:  # only measures cost or runs experiments
         assert {cell.stage for cell in plan} <= {"cost", "experiments", "questions"}
         return
@@ -180,8 +180,8 @@ def test_study_files_load_and_plan(path, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_files_name_parameters_that_exist(path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for name in stage.STAGES:
-        known = stage.notebook_parameters(stage.notebook_path(name))
+    for name in stages.STAGES:
+        known = parameters.notebook_parameters(parameters.notebook_path(name))
         assert set(content.get(name) or {}) <= set(known)
     assert path.read_text(encoding="utf-8").startswith("#"), "no comment that says what the study is for"
 
@@ -205,5 +205,5 @@ def test_the_offline_studies_need_no_hub():
 @pytest.mark.parametrize(("wrong", "right"), [("n_window", "n_windows"), ("corpora", "corpus")])
 def test_a_misspelt_parameter_of_a_real_notebook_is_named(wrong, right):
     with pytest.raises(UserError, match=f"did you mean '{right}'") as caught:
-        stage.check_parameters(stage.notebook_path("calibration"), {wrong: 4})
+        parameters.check_parameters(parameters.notebook_path("calibration"), {wrong: 4})
     assert "\n" not in str(caught.value)

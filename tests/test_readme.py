@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hfprune_nb.runs import forecast, study
+from hfprune_nb.runs import forecast, grid, study
 
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -22,15 +22,15 @@ def test_tables_are_those_of_the_committed_results():
 
 def forecast_row(name, loaded):
     """A row of the README's forecast for studies that are run together."""
-    tables = [study.forecast_table(each) for each in loaded]
+    tables = [forecast.forecast_table(each) for each in loaded]
     stages = [
         forecast.in_words(sum(table.loc[stage, "hours"] for table in tables)) for stage in ("scoring", "evaluation", "recovery")
     ]
-    needs = {f"{each.name}/{cell}": need for each in loaded for cell, need in study.needs(each).items()}
+    needs = {f"{each.name}/{job}": need for each in loaded for job, need in forecast.needs(each).items()}
     depends_on = {
-        f"{each.name}/{cell.reference}": [f"{each.name}/{other}" for other in cell.depends_on]
+        f"{each.name}/{job.reference}": [f"{each.name}/{other}" for other in job.depends_on]
         for each in loaded
-        for cell in study.plan(each)
+        for job in grid.plan(each)
     }
     wholes = [forecast.in_words(forecast.total(needs, depends_on, workers)) for workers in (1, 8, 64)]
     memory = max(table["memory"].max() for table in tables)
@@ -48,7 +48,7 @@ def test_the_forecast_of_the_papers_studies_is_what_the_plan_says():
 
 def test_no_stage_of_a_study_is_longer_than_it_may_be():
     for file in (PROJECT / "notebooks" / "studies").glob("*.yaml"):
-        assert not study.overdue(study.load(file)), file.stem
+        assert not forecast.overdue(study.load(file)), file.stem
 
 
 def test_links_and_pictures_exist():

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import stage
 from hfprune_nb.runs.artifacts import finished, open_artifact
+from hfprune_nb.runs.parameters import notebook_parameters, notebook_path
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole study, on a busy machine for a while
 
@@ -52,8 +53,8 @@ def smoke(tmp_path_factory):
     return study
 
 
-def test_every_cell_of_the_grid_is_computed(smoke):
-    assert "26 cells" in smoke.answer and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer
+def test_every_job_of_the_grid_is_computed(smoke):
+    assert "26 jobs" in smoke.answer and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer
     # Two seeds, five criteria, one ratio; magnitude reads weights only and has one seed.
     expected = {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1, "experiments": 1, "questions": 1}
     assert {stage: len(smoke.artifacts(stage)) for stage in expected} == expected
@@ -139,7 +140,7 @@ def test_a_finished_study_does_nothing_and_says_so(smoke):
     began = time.monotonic()
     status, said = smoke.run()
     assert time.monotonic() - began < 5
-    assert status == 0 and "26 cells, nothing to do" in said
+    assert status == 0 and "26 jobs, nothing to do" in said
     assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")} == before
 
 
@@ -202,7 +203,7 @@ def in_study(smoke, monkeypatch):
         monkeypatch.setenv(name, smoke.environment[name])
 
     def start(stage_name, **changes):
-        parameters = stage.notebook_parameters(stage.notebook_path(stage_name))
+        parameters = notebook_parameters(notebook_path(stage_name))
         defaults = {name: parameter.default for name, parameter in parameters.items() if name != "study"}
         return stage.start(stage_name, "smoke", **(defaults | changes))
 

@@ -10,7 +10,7 @@ import pytest
 import toys
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import kernel, stage
+from hfprune_nb.runs import kernel, parameters, stage, stages
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def project(tmp_path, monkeypatch):
 
 
 def start_all(name, **changes):
-    return stage.start(name, "toy", **(stage.complete(name, {}) | changes))
+    return stage.start(name, "toy", **(parameters.complete(name, {}) | changes))
 
 
 def finish(run, value="value"):
@@ -33,9 +33,9 @@ def finish(run, value="value"):
 
 
 def test_parameters_are_those_that_papermill_sees(project):
-    for definition in stage.STAGES.values():
+    for definition in stages.STAGES.values():
         notebook = project / "notebooks" / definition.notebook
-        assert list(stage.notebook_parameters(notebook)) == list(papermill.inspect_notebook(notebook))
+        assert list(parameters.notebook_parameters(notebook)) == list(papermill.inspect_notebook(notebook))
 
 
 def test_misspelt_parameter_is_refused_with_the_nearest_name(project):
@@ -57,44 +57,44 @@ def test_misspelt_parameter_is_refused_with_the_nearest_name(project):
 )
 def test_wrong_type_is_refused(project, name, value):
     with pytest.raises(UserError, match=f"parameter '{name}' of 01_calibration.ipynb must be"):
-        stage.complete("calibration", {name: value})
+        parameters.complete("calibration", {name: value})
 
 
 def test_wrong_type_inside_a_list_is_refused(project):
     for stage_name, name in (("evaluation", "tasks"), ("scoring", "criteria")):
         with pytest.raises(UserError, match=r"must be list\[str\]"):
-            stage.complete(stage_name, {name: ["choice", 3]})
+            parameters.complete(stage_name, {name: ["choice", 3]})
 
 
 def test_whole_numbers_become_floats_so_that_keys_agree(project):
-    values = stage.complete("calibration", {"length": 2})
+    values = parameters.complete("calibration", {"length": 2})
     assert values["length"] == 2.0 and isinstance(values["length"], float)
 
 
 @pytest.mark.parametrize("value", [None, 3, "half", [1]])
 def test_default_none_takes_anything(project, value):
-    assert stage.complete("evaluation", {"limit": value})["limit"] == value
+    assert parameters.complete("evaluation", {"limit": value})["limit"] == value
 
 
 @pytest.mark.parametrize("value", [None, 3])
 def test_union_takes_either_and_nothing_else(tmp_path, value):
     notebook = toys.write_notebook(tmp_path / "x.ipynb", "limit: int | None = 4")
-    assert stage.check_parameters(notebook, {"limit": value}) == {"limit": value}
+    assert parameters.check_parameters(notebook, {"limit": value}) == {"limit": value}
     with pytest.raises(UserError, match=r"must be int \| None"):
-        stage.check_parameters(notebook, {"limit": "4"})
+        parameters.check_parameters(notebook, {"limit": "4"})
 
 
 @pytest.mark.parametrize("line", ["total = n * 2", "import os", "total = len('ab')", "a, b = 1, 2", "x: int"])
 def test_computed_value_in_the_parameters_cell_is_refused(tmp_path, line):
     notebook = toys.write_notebook(tmp_path / "x.ipynb", f"n: int = 2\n{line}")
     with pytest.raises(UserError, match="may only hold `name = literal`"):
-        stage.notebook_parameters(notebook)
+        parameters.notebook_parameters(notebook)
 
 
 def test_notebook_without_parameters_cell_is_refused(tmp_path):
     notebook = toys.write_notebook(tmp_path / "x.ipynb", "n: int = 2", tags=())
     with pytest.raises(UserError, match="no cell tagged 'parameters'"):
-        stage.notebook_parameters(notebook)
+        parameters.notebook_parameters(notebook)
 
 
 # -- start, finish, inputs
@@ -127,7 +127,7 @@ def test_start_needs_every_parameter(project):
 @pytest.mark.parametrize("study", ["", "../x", "a/b", ".hidden"])
 def test_study_is_a_plain_name(project, study):
     with pytest.raises(UserError, match="not a plain name"):
-        stage.start("calibration", study, **stage.complete("calibration", {}))
+        stage.start("calibration", study, **parameters.complete("calibration", {}))
 
 
 def test_unfinished_run_is_not_done_and_its_files_are_cleared(project):
@@ -156,7 +156,7 @@ def test_bad_inputs_are_refused(project, tmp_path):
     with pytest.raises(UserError, match="'reference' of evaluation goes with 'pruned' or 'recovered' only"):
         start_all("evaluation", reference="evaluation/0123456789abcdef")
     artifact.path("value.txt").write_text("edited")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupt"):
         start_all("scoring", calibration=artifact.reference)
 
 
@@ -270,5 +270,5 @@ def test_papermills_own_command_line_cannot_misspell_either(project, monkeypatch
 def test_reading_parameters_is_fast(project):
     began = time.perf_counter()
     for _ in range(100):
-        stage.complete("evaluation", {})
+        parameters.complete("evaluation", {})
     assert time.perf_counter() - began < 1

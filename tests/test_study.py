@@ -18,8 +18,10 @@ import toys
 from hfprune_nb import paths, progress
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
-from hfprune_nb.runs import kernel, publication, stage, study
+from hfprune_nb.runs import export, grid, kernel, scheduler, stage, status, study
 from hfprune_nb.runs.artifacts import Artifact
+from hfprune_nb.runs.parameters import check_parameters
+from hfprune_nb.runs.stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +31,35 @@ def finished_project(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HFPRUNE_HOME", str(project))
         patch.delenv("HFPRUNE_RESULTS", raising=False)
-        summary = study.run(study.load("toy"), progress=False)
+        summary = scheduler.run(study.load("toy"), progress=False)
         assert summary.ok and summary.count("computed") == 12, summary.text()
     return project
 
 
 @pytest.fixture
 def project(finished_project, tmp_path, monkeypatch):
-    """A copy of the finished project that a test may change; cells run in this process, to save starting workers."""
+    """A copy of the finished project that a test may change; jobs run in this process, to save starting workers."""
     shutil.copytree(finished_project, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
     monkeypatch.setenv("HFPRUNE_HOME", str(tmp_path))
     monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(scheduler, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(1))
     return tmp_path
 
 
-def cells(loaded, name):
-    return [cell for cell in study.plan(loaded) if cell.stage == name]
+def jobs(loaded, name):
+    return [job for job in grid.plan(loaded) if job.stage == name]
 
 
 def artifact(loaded, name, position=0):
-    return Artifact(loaded.folder / cells(loaded, name)[position].reference)
+    return Artifact(loaded.folder / jobs(loaded, name)[position].reference)
 
 
 def computed(summary):
-    return [outcome.cell.reference for outcome in summary.outcomes if outcome.state == "computed"]
+    return [outcome.job.reference for outcome in summary.outcomes if outcome.state == "computed"]
 
 
-def figures_value(loaded, cell):
-    return (loaded.folder / cell.reference / "value.txt").read_bytes()
+def figures_value(loaded, job):
+    return (loaded.folder / job.reference / "value.txt").read_bytes()
 
 
 # -- the file
@@ -107,74 +109,74 @@ def test_bad_file_is_refused(project):
 
 def test_plan_is_the_grid(project):
     loaded = study.load("toy")
-    plan = study.plan(loaded)
-    counts = Counter(cell.stage for cell in plan)
+    plan = grid.plan(loaded)
+    counts = Counter(job.stage for job in plan)
     assert counts == {"calibration": 2, "scoring": 2, "pruning": 3, "evaluation": 4, "figures": 1}
-    assert [cell.place["seed"] for cell in cells(loaded, "pruning") if cell.place["criterion"] == "magnitude"] == [0]
-    assert plan[0].place == {"model": "tiny", "criterion": "dense"}
-    positions = {cell.reference: position for position, cell in enumerate(plan)}
-    assert all(positions[name] < positions[cell.reference] for cell in plan for name in cell.depends_on)
-    assert plan == study.plan(study.load("toy"))
+    assert [job.point["seed"] for job in jobs(loaded, "pruning") if job.point["criterion"] == "magnitude"] == [0]
+    assert plan[0].point == {"model": "tiny", "criterion": "dense"}
+    positions = {job.reference: position for position, job in enumerate(plan)}
+    assert all(positions[name] < positions[job.reference] for job in plan for name in job.depends_on)
+    assert plan == grid.plan(study.load("toy"))
 
 
 def test_ratios_share_one_scoring_and_two_models_nothing(project):
     toys.write_study(project, "wide", models=["tiny", "other"], ratios=[0.1, 0.2])
     loaded = study.load("wide")
-    assert len(cells(loaded, "scoring")) == 4 and len(cells(loaded, "pruning")) == 12
-    assert len(cells(loaded, "evaluation")) == 14 and len(cells(loaded, "figures")) == 1
+    assert len(jobs(loaded, "scoring")) == 4 and len(jobs(loaded, "pruning")) == 12
+    assert len(jobs(loaded, "evaluation")) == 14 and len(jobs(loaded, "figures")) == 1
 
 
 def test_neuron_ratios_leave_the_ratio_unset(project):
     toys.write_study(project, "neurons", ratios=None, neuron_ratios=[0.5])
-    for cell in cells(study.load("neurons"), "pruning"):
-        assert (cell.parameters["ratio"], cell.parameters["neuron_ratio"]) == (0.0, 0.5)
+    for job in jobs(study.load("neurons"), "pruning"):
+        assert (job.parameters["ratio"], job.parameters["neuron_ratio"]) == (0.0, 0.5)
 
 
 def test_cost_and_experiments_need_no_grid(project):
     empty = {"seeds": None, "criteria": None, "ratios": None, "evaluation": None}
     toys.write_study(project, "cost", models=["tiny", "other"], cost={"repeats": 2}, **empty)
-    plan = study.plan(study.load("cost"))
-    assert [(cell.stage, cell.parameters, cell.depends_on) for cell in plan] == [
+    plan = grid.plan(study.load("cost"))
+    assert [(job.stage, job.parameters, job.depends_on) for job in plan] == [
         ("cost", {"model": model, "repeats": 2}, ()) for model in ("tiny", "other")
     ]
     toys.write_study(project, "both", cost={}, experiments={"ablations": 2}, **empty)
-    assert [cell.stage for cell in study.plan(study.load("both"))] == ["cost", "experiments", "questions"]
+    assert [job.stage for job in grid.plan(study.load("both"))] == ["cost", "experiments", "questions"]
 
 
 def test_questions_wait_for_everything_that_they_show(project):
     toys.write_study(project, "asked", experiments={})
-    plan = study.plan(study.load("asked"))
-    counts = Counter(cell.stage for cell in plan)
+    plan = grid.plan(study.load("asked"))
+    counts = Counter(job.stage for job in plan)
     assert counts == {
         "calibration": 2, "scoring": 2, "pruning": 3, "evaluation": 4, "figures": 1, "experiments": 1, "questions": 1,
     }  # fmt: skip
     last = plan[-1]
     assert last.stage == "questions" and len(last.depends_on) == len(set(last.depends_on)) == 2 + 3 + 4 + 1
-    assert all(sorted(last.parameters[name]) == last.parameters[name] for name in stage.STAGES["questions"].inputs)
+    assert all(sorted(last.parameters[name]) == last.parameters[name] for name in STAGES["questions"].inputs)
 
 
 @pytest.mark.parametrize(("criteria", "tuned"), [(None, {"entropy"}), (["magnitude", "entropy"], {"magnitude", "entropy"})])
 def test_recovery_tunes_the_dense_model_once_and_the_chosen_criteria(project, criteria, tuned):
     toys.write_study(project, "tuned", recovery={"steps": 5}, recovery_criteria=criteria)
     loaded = study.load("tuned")
-    plan = {cell.reference: cell for cell in study.plan(loaded)}
-    recoveries = cells(loaded, "recovery")
-    prunings = [cell for cell in cells(loaded, "pruning") if cell.place["criterion"] in tuned]
-    assert sorted(cell.parameters["pruned"] for cell in recoveries) == sorted(["", *(cell.reference for cell in prunings)])
-    evaluated = [cell for cell in cells(loaded, "evaluation") if cell.parameters["recovered"]]
-    assert {cell.parameters["recovered"] for cell in evaluated} == {cell.reference for cell in recoveries}
-    for cell in evaluated:
-        source = plan[cell.parameters["recovered"]]
-        assert cell.parameters["pruned"] == source.parameters["pruned"] and source.parameters["steps"] == 5
-        assert plan[cell.parameters["reference"]].place == {"model": "tiny", "criterion": "dense"}
-        assert set(cell.depends_on) >= {source.reference, cell.parameters["reference"]} and "" not in cell.depends_on
+    plan = {job.reference: job for job in grid.plan(loaded)}
+    recoveries = jobs(loaded, "recovery")
+    prunings = [job for job in jobs(loaded, "pruning") if job.point["criterion"] in tuned]
+    assert sorted(job.parameters["pruned"] for job in recoveries) == sorted(["", *(job.reference for job in prunings)])
+    evaluated = [job for job in jobs(loaded, "evaluation") if job.parameters["recovered"]]
+    assert {job.parameters["recovered"] for job in evaluated} == {job.reference for job in recoveries}
+    for job in evaluated:
+        source = plan[job.parameters["recovered"]]
+        assert job.parameters["pruned"] == source.parameters["pruned"] and source.parameters["steps"] == 5
+        assert plan[job.parameters["reference"]].point == {"model": "tiny", "criterion": "dense"}
+        assert set(job.depends_on) >= {source.reference, job.parameters["reference"]} and "" not in job.depends_on
     positions = list(plan)
-    assert all(positions.index(name) < positions.index(cell.reference) for cell in plan.values() for name in cell.depends_on)
-    assert len(cells(loaded, "evaluation")) == 4 + len(recoveries)
+    assert all(positions.index(name) < positions.index(job.reference) for job in plan.values() for name in job.depends_on)
+    assert len(jobs(loaded, "evaluation")) == 4 + len(recoveries)
 
 
-def test_plan_table_has_one_row_per_cell(project):
-    table = study.plan_table(study.load("toy"))
+def test_plan_table_has_one_row_per_job(project):
+    table = status.plan_table(study.load("toy"))
     assert len(table) == 12 and set(table["state"]) == {"done"}
     assert {"stage", "model", "seed", "criterion", "ratio", "state", "key"} <= set(table.columns)
 
@@ -186,11 +188,11 @@ def test_finished_study_is_published(project):
     loaded = study.load("toy")
     for name in ("tables/table.csv", "figures/figure.png", "index.html", "study.yaml", "cards.json", "run.log"):
         assert (loaded.folder / name).is_file(), name
-    pages = [path.stem for path in study.published(loaded, "notebooks", ".html")]
+    pages = [path.stem for path in export.files(loaded.folder, "notebooks", ".html")]
     assert pages == ["01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"]
     assert len(read_json(loaded.folder / "cards.json")) == 12
     assert len((loaded.folder / "run.log").read_text().splitlines()) == 13
-    assert [path.name for path in study.published(loaded, "figures", "")] == ["figure.png"]
+    assert [path.name for path in export.files(loaded.folder, "figures", "")] == ["figure.png"]
 
 
 def test_values_flow_through_the_chain(project):
@@ -201,7 +203,7 @@ def test_values_flow_through_the_chain(project):
 def test_second_run_does_nothing_quickly_and_imports_nothing_heavy(project):
     before = {path: path.stat().st_mtime_ns for path in (project / "results").rglob("*")}
     code = (
-        "import sys; from hfprune_nb.runs import study; summary = study.run(study.load('toy'), progress=False)\n"
+        "import sys; from hfprune_nb.runs import scheduler, study; summary = scheduler.run(study.load('toy'), progress=False)\n"
         "assert summary.count('done') == 12\n"
         "heavy = {'torch', 'transformers', 'papermill', 'nbconvert', 'pandas'} & sys.modules.keys()\n"
         "assert not heavy, heavy\nprint(summary.text())"
@@ -210,7 +212,7 @@ def test_second_run_does_nothing_quickly_and_imports_nothing_heavy(project):
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 2
-    assert "study toy is finished: 12 cells, nothing to do" in said.stdout
+    assert "study toy is finished: 12 jobs, nothing to do" in said.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (project / "results").rglob("*")}
 
 
@@ -219,13 +221,13 @@ def test_lost_and_edited_artifacts_are_recomputed_and_equal_bytes_stop_there(pro
     lost, edited = artifact(loaded, "calibration", 1), artifact(loaded, "pruning", 2)
     shutil.rmtree(lost.folder)
     edited.path("value.txt").write_text("edited")
-    assert {o.cell.reference for o in study.status(loaded) if o.state == "waiting"} == {
+    assert {o.job.reference for o in status.status(loaded) if o.state == "waiting"} == {
         lost.reference,
-        cells(loaded, "scoring")[1].reference,
+        jobs(loaded, "scoring")[1].reference,
         edited.reference,
     }
     table = (loaded.folder / "tables" / "table.csv").read_bytes()
-    assert computed(study.run(loaded, progress=False)) == [lost.reference, edited.reference]
+    assert computed(scheduler.run(loaded, progress=False)) == [lost.reference, edited.reference]
     assert (loaded.folder / "tables" / "table.csv").read_bytes() == table
 
 
@@ -234,7 +236,7 @@ def test_changed_bytes_rerun_exactly_what_depends_on_them(project):
     shutil.rmtree(artifact(loaded, "calibration", 1).folder)
     changed = (toys.CALIBRATION[0], "'now different'")
     toys.write_stage(project, "calibration", "01_calibration.ipynb", changed)
-    again = study.run(loaded, progress=False)
+    again = scheduler.run(loaded, progress=False)
     stages = [reference.split("/")[0] for reference in computed(again)]
     assert stages == ["calibration", "scoring", "pruning", "evaluation", "figures"]
     assert "now different" in (loaded.folder / "tables" / "table.csv").read_text()
@@ -244,26 +246,26 @@ def test_a_failure_stays_local_and_the_figures_show_what_exists(project):
     broken = "if seed == 1:\n    raise ZeroDivisionError('on purpose')"
     toys.write_stage(project, "pruning", "03_pruning.ipynb", toys.PRUNING, before=broken)
     loaded = study.load("toy")
-    for cell in cells(loaded, "pruning"):
-        shutil.rmtree(loaded.folder / cell.reference)
-    summary = study.run(loaded, progress=False)
+    for job in jobs(loaded, "pruning"):
+        shutil.rmtree(loaded.folder / job.reference)
+    summary = scheduler.run(loaded, progress=False)
     assert not summary.ok
     assert (summary.count("failed"), summary.count("skipped")) == (1, 1)
     failed = next(outcome for outcome in summary.outcomes if outcome.state == "failed")
     assert failed.error == "ZeroDivisionError: on purpose" and failed.error in summary.text()
-    notebook = stage.failed_notebook(Artifact(loaded.folder / failed.cell.reference))
+    notebook = stage.failed_notebook(Artifact(loaded.folder / failed.job.reference))
     assert "ZeroDivisionError" in toys.outputs(notebook)
     figures = summary.outcomes[-1]
-    assert figures.state == "computed" and len(figures.cell.parameters["evaluations"]) == 3
-    assert (loaded.folder / "tables" / "table.csv").read_bytes() == figures_value(loaded, figures.cell)
-    assert [o.error for o in study.status(loaded) if o.state == "failed"] == ["ZeroDivisionError: on purpose"]
+    assert figures.state == "computed" and len(figures.job.parameters["evaluations"]) == 3
+    assert (loaded.folder / "tables" / "table.csv").read_bytes() == figures_value(loaded, figures.job)
+    assert [o.error for o in status.status(loaded) if o.state == "failed"] == ["ZeroDivisionError: on purpose"]
 
 
 def test_nothing_is_shown_when_no_evaluation_exists(project):
     toys.write_stage(project, "evaluation", "05_evaluation.ipynb", toys.EVALUATION, before="raise ValueError('all')")
     loaded = study.load("toy")
     shutil.rmtree(loaded.folder / "evaluation")
-    summary = study.run(loaded, progress=False)
+    summary = scheduler.run(loaded, progress=False)
     assert summary.outcomes[-1].state == "skipped" and summary.count("failed") == 1
 
 
@@ -272,7 +274,7 @@ def test_a_missing_notebook_is_executed_again_but_not_the_computation(project):
     scored = artifact(loaded, "scoring")
     written = scored.path("DONE").stat().st_mtime_ns
     scored.path("notebook.ipynb").unlink()
-    assert computed(study.run(loaded, progress=False)) == [scored.reference]
+    assert computed(scheduler.run(loaded, progress=False)) == [scored.reference]
     assert scored.path("DONE").stat().st_mtime_ns == written and scored.path("notebook.ipynb").is_file()
 
 
@@ -283,10 +285,10 @@ def test_a_notebook_that_fails_after_finish_is_a_failure_but_its_computation_is_
     loaded = study.load("toy")
     scored = artifact(loaded, "scoring")
     shutil.rmtree(scored.folder)
-    assert study.run(loaded, progress=False).count("failed") == 1
+    assert scheduler.run(loaded, progress=False).count("failed") == 1
     written = scored.path("DONE").stat().st_mtime_ns
     notebook.write_text(working)
-    assert computed(study.run(loaded, progress=False))[0] == scored.reference
+    assert computed(scheduler.run(loaded, progress=False))[0] == scored.reference
     assert scored.path("DONE").stat().st_mtime_ns == written
 
 
@@ -294,23 +296,23 @@ def test_front_door_notebook_runs_a_study_and_shows_it_and_two_runs_give_identic
     notebook = Path(__file__).parents[1] / "notebooks" / "00_study.ipynb"
     front_door = Path(shutil.copy(notebook, project / "notebooks"))
     toys.write_study(project, "small", seeds=[0])
-    parameters = stage.check_parameters(front_door, {"study_file": "small", "workers": 2})
+    parameters = check_parameters(front_door, {"study_file": "small", "workers": 2})
     kernel.run(front_door, project / "shown.ipynb", parameters)
     shown = toys.outputs(project / "shown.ipynb")
-    assert "study small: 8 cells" in shown and "8 computed" in shown
+    assert "study small: 8 jobs" in shown and "8 computed" in shown
     assert "image/png" in (project / "shown.ipynb").read_text()
     again, first = study.load("small"), study.load("toy")
-    for cell in study.plan(again)[:-1]:
-        assert Artifact(again.folder / cell.reference).digest == Artifact(first.folder / cell.reference).digest
+    for job in grid.plan(again)[:-1]:
+        assert Artifact(again.folder / job.reference).digest == Artifact(first.folder / job.reference).digest
 
 
 def test_clean_keeps_what_was_published(project):
     loaded = study.load("toy")
-    doomed = study.removable(loaded)
-    assert len(doomed) == 12 and study.clean(loaded) == doomed
+    doomed = scheduler.removable(loaded)
+    assert len(doomed) == 12 and scheduler.clean(loaded) == doomed
     assert (loaded.folder / "figures" / "figure.png").is_file() and not (loaded.folder / "scoring").exists()
-    assert {outcome.state for outcome in study.status(loaded)} == {"waiting"}
-    study.clean(loaded, everything=True)
+    assert {outcome.state for outcome in status.status(loaded)} == {"waiting"}
+    scheduler.clean(loaded, everything=True)
     assert not loaded.folder.exists()
 
 
@@ -346,10 +348,10 @@ def test_interrupt_leaves_no_kernel_and_no_trace(project):
 # -- what is shown
 
 
-def test_status_tells_progress_and_owner_of_a_running_cell(project):
+def test_status_tells_progress_and_owner_of_a_running_job(project):
     loaded = study.load("toy")
-    cell = cells(loaded, "scoring")[0]
-    running = Artifact(loaded.folder / cell.reference)
+    job = jobs(loaded, "scoring")[0]
+    running = Artifact(loaded.folder / job.reference)
     shutil.rmtree(running.folder)
     code = (
         "import sys, time; from pathlib import Path; from hfprune_nb.runs.locks import Lock\n"
@@ -365,12 +367,12 @@ def test_status_tells_progress_and_owner_of_a_running_cell(project):
         assert owner.stdout.readline() == "held\n"
         told = {"what": "scoring", "n": 250, "total": 1000, "unit": "tok", "rate": 5.0, "time": time.time()}
         stage.progress_file(running).write_text(json.dumps(told))
-        (line,) = [outcome.line() for outcome in study.status(loaded) if outcome.state == "running"]
+        (line,) = [outcome.line() for outcome in status.status(loaded) if outcome.state == "running"]
         assert "scoring 25%, 5 tok/s, 2 min left" in line and f"process {owner.pid} on" in line
     finally:
         owner.kill()
         owner.wait()
-    assert {o.state for o in study.status(loaded) if o.cell == cell} == {"waiting"}
+    assert {o.state for o in status.status(loaded) if o.job == job} == {"waiting"}
 
 
 def test_a_batch_run_tells_its_progress_in_a_file(tmp_path, monkeypatch):
@@ -395,12 +397,12 @@ def test_the_log_of_a_run_is_json_by_line(finished_project):
     assert all(event["time"] and event["seconds"] >= 0 for event in events if event["event"] == "computed")
 
 
-def test_several_cells_of_a_published_stage_keep_their_places_in_the_names(project):
+def test_several_jobs_of_a_published_stage_keep_their_places_in_the_names(project):
     toys.write_study(project, "cost", models=["tiny", "other"], seeds=None, criteria=None, ratios=None, evaluation=None, cost={})
     loaded = study.load("cost")
-    assert study.run(loaded, progress=False).ok
-    assert [path.name for path in study.published(loaded, "tables", ".csv")] == ["table_other.csv", "table_tiny.csv"]
-    assert [path.stem for path in study.published(loaded, "notebooks", ".html")] == ["07_cost"]
+    assert scheduler.run(loaded, progress=False).ok
+    assert [path.name for path in export.files(loaded.folder, "tables", ".csv")] == ["table_other.csv", "table_tiny.csv"]
+    assert [path.stem for path in export.files(loaded.folder, "notebooks", ".html")] == ["07_cost"]
 
 
 def test_rendered_notebooks_show_results_and_warnings_but_no_progress_bars(tmp_path):
@@ -417,7 +419,7 @@ print("after")
     notebook = nbformat.read(executed, as_version=4)
     said = "".join(output.text for output in notebook.cells[-2].outputs)
     assert "scoring: 100%" in said and "reading: 3it" in said
-    shown = publication.without_progress(notebook)
+    shown = export.without_progress(notebook)
     written = {name: "".join(o.text for o in shown.cells[-2].outputs if o.name == name) for name in ("stdout", "stderr")}
     assert written == {"stdout": "before\nafter\n", "stderr": "library.py:3: FutureWarning: 20 % [or so]\n"}
     assert shown.cells[-1].outputs == []
@@ -425,6 +427,6 @@ print("after")
 
 def test_rendered_notebooks_tell_no_folder_of_this_machine():
     page = f"<pre>{sys.prefix}/lib/library.py:3: Warning</pre> {paths.project()}/notebooks <a href='https://example.org'>"
-    shown = publication.without_folders(page)
+    shown = export.without_folders(page)
     assert shown.endswith("lib/library.py:3: Warning</pre> notebooks <a href='https://example.org'>")
     assert sys.prefix not in shown and str(paths.project()) not in shown

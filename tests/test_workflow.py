@@ -57,14 +57,14 @@ def engine(hfprune, tmp_path):
 
 
 def tables(folder):
-    """Return name -> bytes of a study's published tables."""
+    """Return name -> bytes of a study's exported tables."""
     return {path.name: path.read_bytes() for path in (folder / "tables").iterdir()}
 
 
 def times_computed(folder):
-    """Return cell -> how often it was computed, by all runs of a study together."""
+    """Return job -> how often it was computed, by all runs of a study together."""
     entries = [json.loads(line) for path in (folder / "log").iterdir() for line in path.open()]
-    return Counter(entry["cell"] for entry in entries if entry["event"] == "computed")
+    return Counter(entry["job"] for entry in entries if entry["event"] == "computed")
 
 
 def test_profiles_are_complete():
@@ -83,7 +83,7 @@ def test_the_readme_names_profiles_files_and_options_that_exist(capsys):
     from hfprune_nb.cli.main import main
 
     with pytest.raises(SystemExit):
-        main.main(["study", "run", "--help"])
+        main(["study", "run", "--help"])
     assert "--gpus" in capsys.readouterr().out
 
 
@@ -97,7 +97,7 @@ def test_dry_run_has_one_job_per_cell(engine, study, profile):
     assert answer.returncode == 0, answer.stderr
     counts = dict(line.split()[:2] for line in (answer.stdout + answer.stderr).splitlines() if len(line.split()) == 2)
     expected = {"toy": 12, "smoke": 26}[Path(study).stem]
-    assert int(counts["total"]) == expected + 2  # and two that compute nothing: publish and all
+    assert int(counts["total"]) == expected + 2  # and two that compute nothing: export and all
 
 
 @pytest.mark.snakemake
@@ -133,7 +133,7 @@ def test_smoke_study_by_snakemake(engine, smoke, tmp_path):
 
 @pytest.mark.snakemake
 def test_one_cell_on_each_gpu_of_a_machine(engine):
-    """Two cells at a time, one slot each: the kernels see different GPUs."""
+    """Two jobs at a time, one slot each: the kernels see different GPUs."""
     run, project = engine
     mark = "import os, time\nopen(f'gpu{seed}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])\ntime.sleep(4)"
     toys.write_stage(project, "calibration", "01_calibration.ipynb", toys.CALIBRATION, before=mark)
@@ -191,7 +191,7 @@ def kubernetes(hfprune, tmp_path_factory):
 
 
 def containers(cluster, stage):
-    """Return the containers of all pods that were asked for a cell of a stage."""
+    """Return the containers of all pods that were asked for a job of a stage."""
     found = [job["spec"]["template"]["spec"]["containers"][0] for job in cluster.submitted]
     return [container for container in found if f"--allowed-rules {stage} " in container["args"][1]]
 

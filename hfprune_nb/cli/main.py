@@ -16,13 +16,13 @@ _EXAMPLES = """examples:
   hfprune assets fetch smollm2-135m      fetch one asset through your own pip configuration
   hfprune cost --model smollm2-135m      time and memory of scoring, speed of generation
   hfprune study plan offline             what the study consists of and what is done already
-  hfprune study run offline              compute what is missing, publish tables and figures
-  hfprune study status offline           one line per cell
+  hfprune study run offline              compute what is missing, export tables and figures
+  hfprune study status offline           one line per job
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 finished, 1 a cell failed, 2 bad input, 130 interrupted."""
+    """Run the command line and return the exit status: 0 finished, 1 a job failed, 2 bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
     # A cluster ends jobs with SIGTERM: treat it as Ctrl-C, so that no kernel stays behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

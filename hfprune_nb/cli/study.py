@@ -18,28 +18,28 @@ examples:
   hfprune study run my_study.yaml --results results_on_scratch --no-fetch
 
 Interrupt with Ctrl-C at any time: a second run continues where the first stopped.
-Exit status: 0 everything is finished, 1 a cell failed, 2 bad input, 130 interrupted.
+Exit status: 0 everything is finished, 1 a job failed, 2 bad input, 130 interrupted.
 """
 _VERIFY_EXAMPLES = """examples:
-  hfprune study verify offline --dry-run   hashes every file of every artifact and lists what is damaged
-  hfprune study verify offline             computes the damaged ones again, and nothing else
+  hfprune study verify offline --dry-run   hashes every file of every artifact and lists what is corrupt
+  hfprune study verify offline             computes the corrupt ones again, and nothing else
 
-Exit status: 0 nothing is damaged (any more), 1 something is, 2 bad input.
+Exit status: 0 nothing is corrupt (any more), 1 something is, 2 bad input.
 """
-_CELL_EXAMPLES = """CELL is `stage/key`, as `hfprune study graph` lists it. Its inputs must be
-finished; a cell that is finished itself is left as it is.
+_JOB_EXAMPLES = """JOB is `stage/key`, as `hfprune study graph` lists it. Its inputs must be
+finished; a job that is finished itself is left as it is.
 
 examples:
-  hfprune study cell smoke calibration/c9d1f1a0c1b2d3e4
+  hfprune study job smoke calibration/c9d1f1a0c1b2d3e4
 
-Exit status: 0 the cell is finished, 1 it failed, 2 bad input.
+Exit status: 0 the job is finished, 1 it failed, 2 bad input.
 """
 _RATES_EXAMPLES = """examples:
   hfprune study rates results/offline/cards.json results/offline-qwen/cards.json
 """
 _CLEAN_EXAMPLES = """examples:
   hfprune study clean offline            shows what would go and asks
-  hfprune study clean offline --yes      artifacts go, published tables and figures stay
+  hfprune study clean offline --yes      artifacts go, exported tables and figures stay
 """
 
 
@@ -48,23 +48,23 @@ def add_study(groups) -> None:
     study = command(groups, "study", "studies: grids of notebooks").add_subparsers(metavar="ACTION", required=True)
     plan = command(study, "plan", "show what a study consists of, what is done, and what it will cost", run=_plan)
     run = command(study, "run", "compute what is missing of a study", _RUN_EXAMPLES, _run)
-    status = command(study, "status", "show the state of every cell", run=_status)
+    status = command(study, "status", "show the state of every job", run=_status)
     clean = command(study, "clean", "delete the artifacts of a study", _CLEAN_EXAMPLES, _clean)
-    verify = command(study, "verify", "hash every artifact and compute the damaged ones again", _VERIFY_EXAMPLES, _verify)
-    cell = command(study, "cell", "compute one cell, as a workflow engine does", _CELL_EXAMPLES, _cell)
+    verify = command(study, "verify", "hash every artifact and compute the corrupt ones again", _VERIFY_EXAMPLES, _verify)
+    job = command(study, "job", "compute one job, as a workflow engine does", _JOB_EXAMPLES, _job)
     rates = command(study, "rates", "fit the rates behind `plan` to studies that ran", _RATES_EXAMPLES, _rates)
-    rates.add_argument("cards", nargs="+", metavar="CARDS", help="published cards.json of a study, its run.log beside it")
-    graph = command(study, "graph", "print the cells and what they wait for as JSON", run=_graph)
-    for each in (plan, run, status, verify, clean, cell, graph):
+    rates.add_argument("cards", nargs="+", metavar="CARDS", help="exported cards.json of a study, its run.log beside it")
+    graph = command(study, "graph", "print the jobs and what they wait for as JSON", run=_graph)
+    for each in (plan, run, status, verify, clean, job, graph):
         each.add_argument("study", metavar="STUDY", help="study file, or the name of one in notebooks/studies")
         each.add_argument("--results", metavar="DIR", help="results folder of all studies (default: results)")
-    cell.add_argument("cell", metavar="CELL", help="stage/key")
-    for each in (run, cell):
+    job.add_argument("job", metavar="JOB", help="stage/key")
+    for each in (run, job):
         words = "give each notebook, of this machine's N GPUs, one for each of its processes"
         each.add_argument("--gpus", type=positive, default=0, metavar="N", help=words)
     for each in (run, verify):
         each.add_argument("--workers", type=positive, metavar="N", help="notebooks at a time (default: as the file says)")
-    verify.add_argument("--dry-run", action="store_true", help="only list what is damaged")
+    verify.add_argument("--dry-run", action="store_true", help="only list what is corrupt")
     run.add_argument(
         "--fetch",
         action=argparse.BooleanOptionalAction,
@@ -72,30 +72,31 @@ def add_study(groups) -> None:
         help="first fetch the assets that the study names (default: yes)",
     )
     clean.add_argument("--yes", action="store_true", help="do not ask")
-    clean.add_argument("--published", action="store_true", help="delete the published tables, figures and pages too")
+    clean.add_argument("--exported", action="store_true", help="delete the exported tables, figures and pages too")
 
 
 def _plan(options) -> int:
-    study, loaded = _load(options)
-    from hfprune_nb.runs import forecast
+    from hfprune_nb.runs import forecast, grid
 
-    table = study.forecast_table(loaded)
+    loaded = _load(options)
+
+    table = forecast.forecast_table(loaded)
     say(f"study {loaded.name}: {loaded.description}".rstrip(": "))
-    say(f"  {'stage':<12} {'cells':>5} {'done':>5} {'tokens':>9} {'alone':>9} {'memory':>8} {'disk':>9}")
+    say(f"  {'stage':<12} {'jobs':>5} {'done':>5} {'tokens':>9} {'alone':>9} {'memory':>8} {'disk':>9}")
     for stage, row in table.iterrows():
         say(_plan_row(stage, row))
     total = table.sum()
     total["memory"] = table["memory"].max()
     say(_plan_row("total", total))
     counts = sorted({1, loaded.run["workers"], *forecast.WORKERS})
-    times = ", ".join(f"{number}: {forecast.in_words(study.hours(loaded, number))}" for number in counts)
-    left = forecast.in_words(study.hours(loaded, loaded.run["workers"], only_missing=True))
+    times = ", ".join(f"{number}: {forecast.in_words(forecast.hours(loaded, number))}" for number in counts)
+    left = forecast.in_words(forecast.hours(loaded, loaded.run["workers"], only_missing=True))
     say(f"whole study by workers or GPUs: {times}; what is missing, with {loaded.run['workers']}: {left}")
-    late = study.overdue(loaded)
+    late = forecast.overdue(loaded)
     if late:
         minutes = loaded.run["timeout_minutes"]
-        say(f"too long for run.timeout_minutes {minutes:g}: {len(late)} cells, such as {late[0].stage} {late[0].label}")
-    kinds = sorted({forecast.device(cell.parameters) for cell in study.plan(loaded) if "device" in cell.parameters})
+        say(f"too long for run.timeout_minutes {minutes:g}: {len(late)} jobs, such as {late[0].stage} {late[0].label}")
+    kinds = sorted({forecast.device(job.parameters) for job in grid.plan(loaded) if "device" in job.parameters})
     for kind in kinds:
         say(f"rates of the {kind}: {forecast.rates()['devices'][kind]['protocol']}")
     return 0
@@ -107,7 +108,7 @@ def _plan_row(name: str, row) -> str:
     tokens = f"{row['tokens'] / 1e6:,.2f} M" if row["tokens"] else "-"
     disk = f"{row['disk']:.2f} GB"
     return (
-        f"  {name:<12} {row['cells']:>5.0f} {row['done']:>5.0f} {tokens:>9} {in_words(row['hours']):>9} "
+        f"  {name:<12} {row['jobs']:>5.0f} {row['done']:>5.0f} {tokens:>9} {in_words(row['hours']):>9} "
         f"{row['memory']:>5.1f} GB {disk:>9}"
     )
 
@@ -124,7 +125,10 @@ def _rates(options) -> int:
 
 
 def _run(options) -> int:
-    study, loaded = _load(options)
+    from hfprune_nb.runs import scheduler
+    from hfprune_nb.runs.status import status
+
+    loaded = _load(options)
     on_terminal = sys.stderr.isatty()
     if not on_terminal:
         handler = logging.StreamHandler()
@@ -132,11 +136,11 @@ def _run(options) -> int:
         logger = logging.getLogger("hfprune_nb.runs")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    if any(outcome.state != "done" for outcome in study.status(loaded)):
+    if any(outcome.state != "done" for outcome in status(loaded)):
         _check_criteria(loaded.criteria)
         if options.fetch:
             _fetch_missing(loaded.assets)
-    summary = study.run(loaded, options.workers, on_terminal, options.gpus)
+    summary = scheduler.run(loaded, options.workers, on_terminal, options.gpus)
     say(summary.text())
     if loaded.folder.is_dir():
         say(f"results: {loaded.folder}")
@@ -160,47 +164,57 @@ def _fetch_missing(names: list[str]) -> None:
 
 
 def _status(options) -> int:
-    study, loaded = _load(options)
-    outcomes = study.status(loaded)
+    from hfprune_nb.runs.status import status
+
+    loaded = _load(options)
+    outcomes = status(loaded)
     for outcome in outcomes:
         say(outcome.line())
     states = Counter(outcome.state for outcome in outcomes)
-    say(f"{len(outcomes)} cells: {', '.join(f'{number} {state}' for state, number in sorted(states.items()))}")
+    say(f"{len(outcomes)} jobs: {', '.join(f'{number} {state}' for state, number in sorted(states.items()))}")
     return 0
 
 
 def _verify(options) -> int:
-    study, loaded = _load(options)
-    damaged, summary = study.verify(loaded, not options.dry_run, options.workers, progress=sys.stderr.isatty())
-    checked = sum((loaded.folder / cell.reference).is_dir() for cell in study.plan(loaded))
-    if not damaged:
+    from hfprune_nb.runs import grid, scheduler
+
+    loaded = _load(options)
+    corrupt, summary = scheduler.verify(loaded, not options.dry_run, options.workers, progress=sys.stderr.isatty())
+    checked = sum((loaded.folder / job.reference).is_dir() for job in grid.plan(loaded))
+    if not corrupt:
         say(f"study {loaded.name}: {checked} artifacts, every byte as it was written")
         return 0
-    for cell, wrong in damaged:
-        say(f"damaged   {cell.stage:<11}  {cell.label:<52}  {wrong}")
-    say(f"study {loaded.name}: {len(damaged)} of {checked} artifacts are damaged")
+    for job, wrong in corrupt:
+        say(f"corrupt   {job.stage:<11}  {job.label:<52}  {wrong}")
+    say(f"study {loaded.name}: {len(corrupt)} of {checked} artifacts are corrupt")
     if summary is None:
         return 1
     say(summary.text())
     return 0 if summary.ok else 1
 
 
-def _cell(options) -> int:
-    study, loaded = _load(options)
-    outcome = study.run_cell(loaded, options.cell, options.gpus)
+def _job(options) -> int:
+    from hfprune_nb.runs import scheduler
+
+    loaded = _load(options)
+    outcome = scheduler.run_job(loaded, options.job, options.gpus)
     say(outcome.line())
     return 0 if outcome.state in ("done", "computed") else 1
 
 
 def _graph(options) -> int:
-    study, loaded = _load(options)
-    say(json.dumps(study.graph(loaded), indent=1))
+    from hfprune_nb.runs import forecast
+
+    loaded = _load(options)
+    say(json.dumps(forecast.graph(loaded), indent=1))
     return 0
 
 
 def _clean(options) -> int:
-    study, loaded = _load(options)
-    doomed = study.removable(loaded, options.published)
+    from hfprune_nb.runs import scheduler
+
+    loaded = _load(options)
+    doomed = scheduler.removable(loaded, options.exported)
     if not doomed:
         say(f"study {loaded.name}: nothing to delete")
         return 0
@@ -212,15 +226,15 @@ def _clean(options) -> int:
         if input(f"Delete these {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
             say("nothing was deleted")
             return 0
-    say(f"deleted {len(study.clean(loaded, options.published))}")
+    say(f"deleted {len(scheduler.clean(loaded, options.exported))}")
     return 0
 
 
 def _load(options):
-    """Return the study module and the checked study; the results folder is set for this process and its kernels."""
-    # Imported here, so that `--help` and bad options answer at once.
+    """Return the checked study; the results folder is set for this process and its kernels."""
+    # Imported here as in every action, so that `--help` and bad options answer at once.
     from hfprune_nb.runs import study
 
     if options.results:
         os.environ["HFPRUNE_RESULTS"] = os.path.abspath(options.results)
-    return study, study.load(options.study)
+    return study.load(options.study)

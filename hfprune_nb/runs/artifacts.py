@@ -58,7 +58,7 @@ class Artifact:
 
     @property
     def done(self) -> bool:
-        """Whether the run was finished; says nothing about later damage."""
+        """Whether the run was finished; says nothing about later corruption."""
         return (self.folder / "DONE").is_file()
 
     @property
@@ -69,7 +69,7 @@ class Artifact:
         except FileNotFoundError:
             raise UserError(f"artifact {self.reference} is missing or unfinished: run its stage again") from None
         except ValueError:
-            raise self._damaged("DONE") from None
+            raise self._corrupt("DONE") from None
 
     @property
     def parameters(self) -> dict:
@@ -94,7 +94,7 @@ class Artifact:
 
     @property
     def current(self) -> bool:
-        """Whether the artifact is finished, undamaged, and made from its inputs as they are now."""
+        """Whether the artifact is finished, intact, and made from its inputs as they are now."""
         try:
             self.check(everything=False)
             study = self.folder.parent.parent
@@ -115,20 +115,20 @@ class Artifact:
         for name, entry in self.manifest.items():
             modified = self._modified(name)
             if modified is None or self.path(name).stat().st_size != entry["size"]:
-                raise self._damaged(name)
+                raise self._corrupt(name)
             if modified > finished and sha256(self.path(name)) != entry["sha256"]:
-                raise self._damaged(name)
+                raise self._corrupt(name)
 
     def _modified(self, name: str) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             return self.path(name).stat().st_mtime_ns
 
-    def _damaged(self, name: str) -> UserError:
-        return UserError(f"artifact {self.reference} is damaged ({name}): delete the folder and rerun its stage")
+    def _corrupt(self, name: str) -> UserError:
+        return UserError(f"artifact {self.reference} is corrupt ({name}): delete the folder and rerun its stage")
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Return the artifact in `folder` after hashing its files; raises UserError when it is unfinished or damaged."""
+    """Return the artifact in `folder` after hashing its files; raises UserError when it is unfinished or corrupt."""
     artifact = Artifact(Path(folder))
     artifact.check()
     return artifact

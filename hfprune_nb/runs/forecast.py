@@ -1,4 +1,4 @@
-"""What a study will cost before it runs: seconds, tokens, memory and disk of every cell, from measured rates.
+"""What a study will cost before it runs: seconds, tokens, memory and disk of every job, from measured rates.
 
 The unit of work is the parameter-token: one token through one parameter, forward. Scoring does one forward pass and one
 backward pass of activations per criterion, each worth one unit; training does three. Every stage has one rate for each kind
@@ -8,6 +8,7 @@ worker while the others work too.
 
 import functools
 import heapq
+import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import yaml
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
+from hfprune_nb.runs.grid import Job, plan
+from hfprune_nb.runs.status import status
+from hfprune_nb.runs.study import Study
 
 # Forward-equivalent passes of each criterion beyond the forward pass that they share.
 PASSES = {"one_hot_ce": 1, "entropy": 1, "self_distillation": 3, "magnitude": 0, "random": 0}
@@ -28,7 +32,7 @@ WORKERS = (1, 8, 64)
 
 @dataclass(frozen=True)
 class Need:
-    """What one cell needs: wall-clock seconds, tokens that pass a model, GB of memory and GB of disk.
+    """What one job needs: wall-clock seconds, tokens that pass a model, GB of memory and GB of disk.
 
     Memory is the host's on a CPU and the device's on a GPU.
     """
@@ -59,7 +63,7 @@ def work(stage: str, parameters: dict, known: dict, ancestor: Callable[[str], di
     """Return a stage run's work and its tokens.
 
     The work is in parameter-tokens for stages that run a model, else in parameters (pruning), in evaluations shown (figures,
-    questions) or one (calibration). `ancestor` leads from a reference to that cell's parameters. Cost and experiments
+    questions) or one (calibration). `ancestor` leads from a reference to that job's parameters. Cost and experiments
     are counted in passes over their windows.
     """
     size = known["models"].get(parameters.get("model"), known["models"]["default"])
@@ -130,7 +134,7 @@ def _disk(stage: str, parameters: dict, size: float, known: dict) -> float:
 
 
 def makespan(seconds: dict[str, float], depends_on: dict[str, tuple[str, ...]], workers: int) -> float:
-    """Return when the last of the cells ends, if `workers` always take the first ready one in the given order."""
+    """Return when the last of the jobs ends, if `workers` always take the first ready one in the given order."""
     waiting, ended, running, now = dict(seconds), {}, [], 0.0
     while waiting or running:
         ready = [name for name in waiting if all(other in ended or other not in seconds for other in depends_on[name])]
@@ -172,7 +176,7 @@ def _short(value: float) -> float:
 
 
 def total(needs: dict[str, Need], depends_on: dict[str, tuple[str, ...]], workers: int) -> float:
-    """Return the hours that a study's cells take on so many workers."""
+    """Return the hours that a study's jobs take on so many workers."""
     return makespan({name: each.seconds for name, each in needs.items()}, depends_on, workers) / 3600
 
 
@@ -184,7 +188,7 @@ def in_words(hours: float) -> str:
 
 
 def refit(cards_files: list[Path]) -> dict:
-    """Fit the rates of the CPU to the published cards of studies, write them to data/rates.yaml and return them.
+    """Fit the rates of the CPU to the exported cards of studies, write them to data/rates.yaml and return them.
 
     Each `cards.json` must have its study's run.log beside it, which tells how long a notebook takes to start.
     """
@@ -203,7 +207,7 @@ def refit(cards_files: list[Path]) -> dict:
 
 
 def startup_seconds(cards: dict, log: Path) -> float:
-    """Return the seconds from starting a cell to its notebook's first step: medians of run.log beyond those of the cards."""
+    """Return the seconds from starting a job to its notebook's first step: medians of run.log beyond those of the cards."""
     told = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         words = line.split()
@@ -211,3 +215,68 @@ def startup_seconds(cards: dict, log: Path) -> float:
             told.setdefault(words[2], []).append(float(words[-2]))
     carded = {stage: [card["seconds"] for card in cards.values() if card["stage"] == stage] for stage in told}
     return statistics.median(statistics.median(told[stage]) - statistics.median(carded[stage]) for stage in told if carded[stage])
+
+
+def graph(study: Study) -> dict:
+    """Return the study for a workflow engine: its run settings and jobs, each with what it needs and the file it ends with."""
+    wanted = needs(study)
+    jobs = [
+        {
+            "reference": job.reference,
+            "stage": job.stage,
+            "needs": list(job.depends_on),
+            "point": job.label,
+            "output": str(study.folder / job.reference / "notebook.ipynb"),
+            # A request, not a forecast: engines stop what takes more.
+            "minutes": 10 + math.ceil(3 * wanted[job.reference].seconds / 60),
+            "memory_mb": 1000 + math.ceil(1500 * wanted[job.reference].memory),
+            "gpus": gpus_wanted(job.parameters),
+        }
+        for job in plan(study)
+    ]
+    return {"study": study.name, "folder": str(study.folder), "assets": study.assets, **study.run, "jobs": jobs}
+
+
+def gpus_wanted(parameters: dict) -> int:
+    """Return how many GPUs a stage run with these parameters needs: one for each of its processes."""
+    return parameters.get("processes", 1) if device(parameters) == "gpu" else 0
+
+
+def needs(study: Study) -> dict[str, Need]:
+    """Return reference -> what that job of the study will need, by measured rates."""
+    jobs = {job.reference: job for job in plan(study)}
+    known = rates()
+    return {
+        name: need(job.stage, job.parameters, known, lambda reference: jobs[reference].parameters) for name, job in jobs.items()
+    }
+
+
+def hours(study: Study, workers: int, only_missing: bool = False) -> float:
+    """Return how many hours the study will take on so many workers or GPUs, whole or what is missing of it."""
+    wanted = needs(study)
+    if only_missing:
+        wanted = {outcome.job.reference: wanted[outcome.job.reference] for outcome in status(study) if outcome.state != "done"}
+    return total(wanted, {job.reference: job.depends_on for job in plan(study)}, workers)
+
+
+def overdue(study: Study) -> list[Job]:
+    """Return the jobs that by the forecast will be stopped by `run.timeout_minutes`."""
+    wanted = needs(study)
+    return [job for job in plan(study) if wanted[job.reference].seconds > 60 * study.run["timeout_minutes"]]
+
+
+def forecast_table(study: Study):
+    """Return the forecast as a pandas DataFrame: one row per stage with jobs, done, tokens, hours of one worker, GB."""
+    import pandas as pd
+
+    wanted, rows = needs(study), {}
+    for outcome in status(study):
+        each = wanted[outcome.job.reference]
+        row = rows.setdefault(outcome.job.stage, {"jobs": 0, "done": 0, "tokens": 0.0, "hours": 0.0, "memory": 0.0, "disk": 0.0})
+        row["jobs"] += 1
+        row["done"] += outcome.state == "done"
+        row["tokens"] += each.tokens
+        row["hours"] += each.seconds / 3600
+        row["memory"] = max(row["memory"], each.memory)
+        row["disk"] += each.disk
+    return pd.DataFrame.from_dict(rows, orient="index")

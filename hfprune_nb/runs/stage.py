@@ -6,183 +6,26 @@ notebooks, command line and study file are checked against it, because papermill
 
 import ast
 import contextlib
-import difflib
-import functools
-import importlib.metadata
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.files import read_json
 from hfprune_nb.progress import PROGRESS_FILE
 from hfprune_nb.runs import kernel
 from hfprune_nb.runs.artifacts import Artifact, Writer, address, finished, open_artifact
 from hfprune_nb.runs.locks import Lock
-
-EVERYTHING = "*"
+from hfprune_nb.runs.parameters import complete, notebook_parameters, notebook_path, refuse_unknown
+from hfprune_nb.runs.provenance import peak_memory, surroundings
+from hfprune_nb.runs.stages import EVERYTHING, STAGES, Input
 
 
 class StageError(RuntimeError):
     """A stage's notebook failed; the message is its last line of traceback in one sentence."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """A parameter that names an artifact of another stage, as `stage/key` or as that artifact's folder.
-
-    Left empty, the artifact is made with the other notebook's defaults and the parameters named in `passes`
-    (`EVERYTHING`: all of them); an `optional` input stays empty; an input that `follows` others is needed exactly when one
-    of those is given; `many` is a list, and empty means every finished artifact of the stage. An artifact that is
-    named must have been made with the same values of the parameters in `agrees`.
-    """
-
-    stage: str
-    passes: tuple[str, ...] = ()
-    optional: bool = False
-    follows: tuple[str, ...] = ()
-    many: bool = False
-    agrees: tuple[str, ...] = ("model",)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the study: its notebook, and the parameters of the notebook that are artifacts of earlier stages."""
-
-    name: str
-    notebook: str
-    inputs: dict[str, Input] = field(default_factory=dict)
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("calibration", "01_calibration.ipynb"),
-        Stage("scoring", "02_scoring.ipynb", {"calibration": Input("calibration", passes=("model", "seed"))}),
-        Stage("pruning", "03_pruning.ipynb", {"scores": Input("scoring", passes=("model", "seed", "device"))}),
-        Stage("recovery", "04_recovery.ipynb", {"pruned": Input("pruning", optional=True)}),
-        Stage(
-            "evaluation",
-            "05_evaluation.ipynb",
-            {
-                "pruned": Input("pruning", optional=True),
-                "recovered": Input("recovery", optional=True, agrees=("model", "pruned")),
-                "reference": Input(
-                    "evaluation",
-                    passes=(EVERYTHING,),
-                    follows=("pruned", "recovered"),
-                    agrees=("model", "perplexity_corpora", "n_windows", "seq_len", "fidelity_positions", "seed", "bos", "dtype"),
-                ),
-            },
-        ),
-        Stage("figures", "06_figures.ipynb", {"evaluations": Input("evaluation", many=True)}),
-        Stage("cost", "07_cost.ipynb"),
-        Stage("experiments", "08_experiments.ipynb"),
-        Stage(
-            "questions",
-            "09_questions.ipynb",
-            {
-                "evaluations": Input("evaluation", many=True),
-                "scorings": Input("scoring", many=True),
-                "prunings": Input("pruning", many=True),
-                "experiments": Input("experiments", many=True),
-            },
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One line of a parameters cell: name, default, and type as an annotation such as `list[str]`."""
-
-    name: str
-    default: object
-    type: str
-
-
-def suggest(name: str, valid) -> str:
-    """Return the end of a sentence about an unknown name: the nearest valid one, or all of them when none is near."""
-    near = difflib.get_close_matches(name, [str(choice) for choice in valid], n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(map(str, valid)))}"
-
-
-def notebook_path(stage: str) -> Path:
-    """Return the notebook of a stage; raises UserError for an unknown stage or a missing notebook."""
-    if stage not in STAGES:
-        raise UserError(f"unknown stage {stage!r}: {suggest(stage, STAGES)}")
-    path = paths.notebooks() / STAGES[stage].notebook
-    if not path.is_file():
-        raise UserError(f"notebook {path} is missing: set HFPRUNE_HOME to the folder of the kit")
-    return path
-
-
-def notebook_parameters(notebook: Path) -> dict[str, Parameter]:
-    """Return the parameters of a notebook by name, in the order of its parameters cell.
-
-    Raises UserError when there is no such cell, or when it holds anything but literals: papermill injects its values
-    after this cell, so whatever were computed here would keep the old default.
-    """
-    return _read_parameters(Path(notebook), Path(notebook).stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _read_parameters(notebook: Path, modified: int) -> dict[str, Parameter]:
-    # Read without papermill, whose import alone would take longer than a finished study needs to say so.
-    cells = [cell for cell in read_json(notebook)["cells"] if "parameters" in cell["metadata"].get("tags", ())]
-    if not cells:
-        raise UserError(f"{notebook.name} has no cell tagged 'parameters': tag its first code cell")
-    parameters = {}
-    for line in ast.parse("".join(cells[0]["source"])).body:
-        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
-        try:
-            default = ast.literal_eval(line.value)
-            name = target.id
-        except (AttributeError, ValueError):
-            raise UserError(
-                f"the parameters cell of {notebook.name} may only hold `name = literal`, not `{ast.unparse(line)}`: "
-                "compute it in the next cell"
-            ) from None
-        annotation = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else ""
-        parameters[name] = Parameter(name, default, _type(annotation, default))
-    return parameters
-
-
-def check_parameters(notebook: Path, parameters: dict) -> dict:
-    """Return `parameters` with whole numbers made floats where the notebook has floats.
-
-    Raises UserError for a name that the notebook does not have, with the nearest valid one, and for a wrong type.
-    """
-    known = notebook_parameters(notebook)
-    _refuse_unknown(parameters, notebook)
-    checked = {}
-    for name, value in parameters.items():
-        kind = known[name].type
-        try:
-            checked[name] = _convert(value, ast.parse(kind, mode="eval").body)
-        except TypeError:
-            given = f"{type(value).__name__} {value!r}"
-            raise UserError(f"parameter {name!r} of {Path(notebook).name} must be {kind}, not {given}") from None
-    return checked
-
-
-def complete(stage: str, parameters: dict) -> dict:
-    """Return all parameters of a stage except `study`: the given ones checked, the others at their defaults."""
-    notebook = notebook_path(stage)
-    values = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()}
-    values |= check_parameters(notebook, parameters)
-    values.pop("study", None)
-    for name, given in STAGES[stage].inputs.items():
-        if given.many:
-            values[name] = sorted(values[name])
-    return values
 
 
 def study_folder(study: str) -> Path:
@@ -196,11 +39,11 @@ def start(stage: str, study: str, /, **parameters) -> "Run":
     """Begin or find the run of a stage with exactly these parameters, which must be all of the notebook's own.
 
     Missing inputs are made first, by executing their notebooks. Raises UserError for a misspelt, missing or mistyped
-    parameter and for an input that is unfinished, damaged, of another stage or outside the study's folder; StageError
+    parameter and for an input that is unfinished, corrupt, of another stage or outside the study's folder; StageError
     when the notebook of an input fails.
     """
     notebook = notebook_path(stage)
-    _refuse_unknown(_injected_names(), notebook)
+    refuse_unknown(_injected_names(), notebook)
     if missing := sorted(notebook_parameters(notebook).keys() - parameters.keys() - {"study"}):
         raise UserError(f"stage.start({stage!r}, ...) lacks parameters of {notebook.name}: {', '.join(missing)}")
     values = _resolve(stage, study, complete(stage, parameters))
@@ -283,8 +126,8 @@ class Run:
             "started": self._started.isoformat(timespec="seconds"),
             "finished": ended.isoformat(timespec="seconds"),
             "seconds": round((ended - self._started).total_seconds(), 3),
-            "peak_memory_bytes": _peak_memory(),
-            **_surroundings(),
+            "peak_memory_bytes": peak_memory(),
+            **surroundings(),
         }
 
 
@@ -351,7 +194,7 @@ def failed_notebook(artifact: Artifact) -> Path:
 
 
 def is_complete(artifact: Artifact) -> bool:
-    """Return whether nothing is left to do: the artifact is finished, undamaged and current, its notebook beside it."""
+    """Return whether nothing is left to do: the artifact is finished, intact and current, its notebook beside it."""
     return artifact.current and artifact.path("notebook.ipynb").is_file()
 
 
@@ -377,42 +220,6 @@ def sentence_of(error: Exception) -> str:
         return "the kernel died, most likely for lack of memory"
     first = message.splitlines()[0] if message else ""
     return first if name in ("UserError", "StageError", "TimeoutError") else f"{name}: {first}"
-
-
-def _refuse_unknown(names, notebook: Path) -> None:
-    known = notebook_parameters(notebook)
-    for name in names:
-        if name not in known:
-            raise UserError(f"{Path(notebook).name} has no parameter {name!r}: {suggest(name, known)}")
-
-
-def _type(annotation: str, default) -> str:
-    if annotation not in ("", "list"):
-        return annotation
-    if isinstance(default, list):
-        kinds = {type(item).__name__ for item in default}
-        return f"list[{kinds.pop()}]" if len(kinds) == 1 else "list"
-    return "any" if default is None else type(default).__name__
-
-
-def _convert(value, kind: ast.expr):
-    plain = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
-    match kind:
-        case ast.BinOp(left=left, right=right):
-            with contextlib.suppress(TypeError):
-                return _convert(value, left)
-            return _convert(value, right)
-        case ast.Subscript(value=ast.Name(id="list"), slice=item) if isinstance(value, list):
-            return [_convert(element, item) for element in value]
-        case ast.Subscript(value=outer):
-            return _convert(value, outer)
-        case ast.Name(id="float") if type(value) is int:
-            return float(value)
-        case ast.Constant(value=None) if value is None:
-            return value
-        case ast.Name(id=name) if name not in plain or type(value) is plain[name]:
-            return value
-    raise TypeError
 
 
 def _references(value) -> list[str]:
@@ -489,44 +296,3 @@ def _keep_failure(running: Path, failed: Path, sentence: str) -> None:
     complete = failed.with_suffix(".new")
     nbformat.write(notebook, complete)
     os.replace(complete, failed)
-
-
-def _peak_memory() -> int | None:
-    if os.name != "posix":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    torch = sys.modules.get("torch")
-    return host + torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else host
-
-
-def _surroundings() -> dict:
-    """Return versions, machine and commit."""
-    versions = {}
-    for package in ("torch", "transformers", "datasets", "lm_eval", "numpy", "hfprune_nb"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    torch = sys.modules.get("torch")
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads() if torch else None,
-        "git": _git(),
-    }
-
-
-def _git() -> dict:
-    def ask(*command):
-        answer = subprocess.run(["git", "-C", paths.project(), *command], capture_output=True, text=True, check=True)
-        return answer.stdout.strip()
-
-    try:
-        # A study writes into results while it runs, which changes nothing about the code that it is made with.
-        changed = ask("status", "--porcelain", "--", ".", ":(exclude)results")
-        return {"commit": ask("rev-parse", "--verify", "HEAD"), "dirty": bool(changed)}
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}

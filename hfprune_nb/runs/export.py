@@ -10,74 +10,75 @@ from pathlib import Path
 from hfprune_nb import paths
 from hfprune_nb.files import read_json, write_json
 from hfprune_nb.runs.artifacts import Artifact
-from hfprune_nb.runs.stage import STAGES
+from hfprune_nb.runs.stages import STAGES
 
-# Stages whose tables and figures are published.
+# Stages whose tables and figures are exported.
 SHOWN = ("recovery", "cost", "figures", "questions")
+
 # A line of a tqdm bar, as `held-out text:  41%|####      | 840/2048 [00:01<00:01, 812tok/s]`.
 PROGRESS = re.compile(r"\d+%\|.*\|.*\[.*\]|: \d+\S* \[\d\d:\d\d")
 
 
 def files(folder: Path, kind: str, suffix: str) -> list[Path]:
-    """Return the published files of a study's `folder` in `kind` that end in `suffix`, sorted by name."""
+    """Return the exported files of a study's `folder` in `kind` that end in `suffix`, sorted by name."""
     return sorted(path for path in (folder / kind).glob(f"*{suffix}") if path.is_file() and path.suffix != ".ipynb")
 
 
-def is_published(study, cells) -> bool:
-    """Return whether exactly the finished `cells` of the study are published."""
+def is_exported(study, jobs) -> bool:
+    """Return whether exactly the finished `jobs` of the study are exported."""
     folder = study.folder
     with contextlib.suppress(FileNotFoundError, ValueError):
         same_study = (folder / "study.yaml").read_bytes() == study.path.read_bytes()
-        return same_study and (folder / "index.html").is_file() and read_json(folder / "cards.json") == _cards(study, cells)
+        return same_study and (folder / "index.html").is_file() and read_json(folder / "cards.json") == _cards(study, jobs)
     return False
 
 
-def publish(study, cells) -> None:
-    """Copy the tables and figures of the finished `cells` in `SHOWN` and render one notebook of each kind.
+def write(study, jobs) -> None:
+    """Copy the tables and figures of the finished `jobs` in `SHOWN` and render one notebook of each kind.
 
-    Where a stage has several cells, its files get the cell's place into their names. Does nothing when exactly this is
-    published already, by another runner.
+    Where a stage has several jobs, its files get the job's point into their names. Does nothing when exactly this is
+    exported already, by another runner.
     """
-    if is_published(study, cells):
+    if is_exported(study, jobs):
         return
     folder = study.folder
     for kind in ("tables", "figures"):
         (folder / kind).mkdir(exist_ok=True)
         for outdated in files(folder, kind, ""):
             outdated.unlink()
-    shown = [cell for cell in cells if cell.stage in SHOWN]
-    for cell in shown:
-        alone = sum(other.stage == cell.stage for other in shown) == 1
-        place = "" if alone else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", cell.label)
+    shown = [job for job in jobs if job.stage in SHOWN]
+    for job in shown:
+        alone = sum(other.stage == job.stage for other in shown) == 1
+        point = "" if alone else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", job.label)
         for kind in ("tables", "figures"):
-            for path in sorted((folder / cell.reference / kind).glob("*")):
-                shutil.copyfile(path, folder / kind / f"{path.stem}{place}{path.suffix}")
-    chosen = _representatives(study, cells)
-    _render(folder / "notebooks", {name: Artifact(folder / cell.reference) for name, cell in chosen.items()})
+            for path in sorted((folder / job.reference / kind).glob("*")):
+                shutil.copyfile(path, folder / kind / f"{path.stem}{point}{path.suffix}")
+    chosen = _representatives(study, jobs)
+    _render(folder / "notebooks", {name: Artifact(folder / job.reference) for name, job in chosen.items()})
     shutil.copyfile(study.path, folder / "study.yaml")
     (folder / "index.html").write_text(_index(study), encoding="utf-8")
-    write_json(folder / "cards.json", _cards(study, cells))
+    write_json(folder / "cards.json", _cards(study, jobs))
 
 
-def _cards(study, cells) -> dict:
-    artifacts = [Artifact(study.folder / cell.reference) for cell in cells]
+def _cards(study, jobs) -> dict:
+    artifacts = [Artifact(study.folder / job.reference) for job in jobs]
     return {artifact.reference: artifact.card | {"digest": artifact.digest} for artifact in artifacts}
 
 
-def _representatives(study, cells) -> dict:
-    """Return one cell by notebook name: the first, or after pruning the entropy criterion at the middle ratio."""
+def _representatives(study, jobs) -> dict:
+    """Return one job by notebook name: the first, or after pruning the entropy criterion at the middle ratio."""
     ratios = sorted(study.ratios or study.neuron_ratios)
     middle = f"{ratios[len(ratios) // 2]:.4g}" if ratios else ""
     chosen, typical = {}, set()
-    for cell in cells:
-        name = Path(STAGES[cell.stage].notebook).stem
-        if cell.place.get("criterion") == "dense":
+    for job in jobs:
+        name = Path(STAGES[job.stage].notebook).stem
+        if job.point.get("criterion") == "dense":
             name += "_dense"
-        if cell.stage == "evaluation" and "recovery" in cell.place:
+        if job.stage == "evaluation" and "recovery" in job.point:
             name += "_tuned"
-        is_typical = cell.place.get("criterion") == "entropy" and middle in cell.place.values()
+        is_typical = job.point.get("criterion") == "entropy" and middle in job.point.values()
         if name not in chosen or (is_typical and name not in typical):
-            chosen[name] = cell
+            chosen[name] = job
         if is_typical:
             typical.add(name)
     return dict(sorted(chosen.items()))
@@ -119,7 +120,7 @@ def without_folders(page: str) -> str:
 
 
 def _index(study) -> str:
-    """Return a small page that links everything published."""
+    """Return a small page that links everything exported."""
     name, description = html.escape(study.name), html.escape(study.description)
     parts = [f"<h1>Study {name}</h1><p>{description}</p>"]
     for kind, suffix in (("tables", ".html"), ("figures", ".png"), ("notebooks", ".html")):

@@ -1,0 +1,52 @@
+"""How a run was made: versions, machine, memory, commit."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+
+from hfprune_nb import paths
+
+
+def peak_memory() -> int | None:
+    """Return the highest resident memory of this process in bytes, its GPU memory included; None where nobody counts it."""
+    if os.name != "posix":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    torch = sys.modules.get("torch")
+    return host + torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else host
+
+
+def surroundings() -> dict:
+    """Return versions, machine and commit."""
+    versions = {}
+    for package in ("torch", "transformers", "datasets", "lm_eval", "numpy", "hfprune_nb"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    torch = sys.modules.get("torch")
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+        "git": _git(),
+    }
+
+
+def _git() -> dict:
+    def ask(*command):
+        answer = subprocess.run(["git", "-C", paths.project(), *command], capture_output=True, text=True, check=True)
+        return answer.stdout.strip()
+
+    try:
+        # A study writes into results while it runs, which changes nothing about the code that it is made with.
+        changed = ask("status", "--porcelain", "--", ".", ":(exclude)results")
+        return {"commit": ask("rev-parse", "--verify", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
