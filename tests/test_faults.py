@@ -134,7 +134,7 @@ def calibration(tmp_path, monkeypatch):
     """Return a function that begins a calibration in this process, as a notebook does."""
     monkeypatch.setenv("HFPRUNE_HOME", str(toys.write_project(tmp_path)))
     monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
-    return lambda: stage.start("calibration", "toy", **parameters.complete("calibration", {}))
+    return lambda: stage.start("calibration", study="toy", **parameters.complete("calibration", {}))
 
 
 def test_killed_between_the_two_renames(calibration):

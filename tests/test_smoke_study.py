@@ -205,7 +205,7 @@ def in_study(smoke, monkeypatch):
     def start(stage_name, **changes):
         parameters = notebook_parameters(notebook_path(stage_name))
         defaults = {name: parameter.default for name, parameter in parameters.items() if name != "study"}
-        return stage.start(stage_name, "smoke", **(defaults | changes))
+        return stage.start(stage_name, study="smoke", **(defaults | changes))
 
     return start
 

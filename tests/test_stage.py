@@ -21,7 +21,7 @@ def project(tmp_path, monkeypatch):
 
 
 def start_all(name, **changes):
-    return stage.start(name, "toy", **(parameters.complete(name, {}) | changes))
+    return stage.start(name, study="toy", **(parameters.complete(name, {}) | changes))
 
 
 def finish(run, value="value"):
@@ -119,15 +119,15 @@ def test_card_tells_how_it_was_made(project):
 
 def test_start_needs_every_parameter(project):
     with pytest.raises(UserError, match="lacks parameters of 01_calibration.ipynb: seed"):
-        stage.start("calibration", "toy", model="tiny", corpus="text", n_windows=4, length=1.0)
+        stage.start("calibration", study="toy", model="tiny", corpus="text", n_windows=4, length=1.0)
     with pytest.raises(UserError, match="unknown stage 'scorin': did you mean 'scoring'"):
-        stage.start("scorin", "toy")
+        stage.start("scorin", study="toy")
 
 
 @pytest.mark.parametrize("study", ["", "../x", "a/b", ".hidden"])
 def test_study_is_a_plain_name(project, study):
     with pytest.raises(UserError, match="not a plain name"):
-        stage.start("calibration", study, **parameters.complete("calibration", {}))
+        stage.start("calibration", study=study, **parameters.complete("calibration", {}))
 
 
 def test_unfinished_run_is_not_done_and_its_files_are_cleared(project):

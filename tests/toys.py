@@ -45,7 +45,7 @@ QUESTIONS = (
 STEP = """\
 from hfprune_nb.runs import stage
 
-run = stage.start("{stage}", study, {passed})
+run = stage.start("{stage}")
 
 def read(artifact):
     return artifact and artifact.path("value.txt").read_text()
@@ -76,8 +76,7 @@ def write_notebook(path: Path, parameters: str, *cells: str, tags=("parameters",
 def write_stage(project: Path, stage: str, file: str, toy: tuple[str, str], before: str = "") -> Path:
     """Write the toy notebook of a stage; `before` is code that runs ahead of its computation."""
     parameters, value = toy
-    names = [line.split(":")[0] for line in parameters.splitlines() if not line.startswith("study")]
-    start = STEP.format(stage=stage, passed=", ".join(f"{name}={name}" for name in names))
+    start = STEP.format(stage=stage)
     compute = COMPUTE.format(before=before, value=value)
     return write_notebook(project / "notebooks" / file, parameters, start, compute)
 

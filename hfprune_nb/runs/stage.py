@@ -35,8 +35,8 @@ def study_folder(study: str) -> Path:
     return paths.results() / study
 
 
-def start(stage: str, study: str, /, **parameters) -> "Run":
-    """Begin or find the run of a stage with exactly these parameters, which must be all of the notebook's own.
+def start(stage: str, /, **parameters) -> "Run":
+    """Begin or find the run of a stage with the parameters of the notebook that calls this, or with `parameters`: all of them.
 
     Missing inputs are made first, by executing their notebooks. Raises UserError for a misspelt, missing or mistyped
     parameter and for an input that is unfinished, corrupt, of another stage or outside the study's folder; StageError
@@ -44,9 +44,12 @@ def start(stage: str, study: str, /, **parameters) -> "Run":
     """
     notebook = notebook_path(stage)
     refuse_unknown(_injected_names(), notebook)
-    if missing := sorted(notebook_parameters(notebook).keys() - parameters.keys() - {"study"}):
-        raise UserError(f"stage.start({stage!r}, ...) lacks parameters of {notebook.name}: {', '.join(missing)}")
-    values = _resolve(stage, study, complete(stage, parameters))
+    known = notebook_parameters(notebook)
+    given = parameters or {name: value for name, value in sys._getframe(1).f_globals.items() if name in known}
+    if missing := sorted(known.keys() - given.keys()):
+        raise UserError(f"stage.start({stage!r}) lacks parameters of {notebook.name}: {', '.join(missing)}")
+    study = given["study"]
+    values = _resolve(stage, study, complete(stage, given))
     folder = study_folder(study)
     inputs = {}
     for name, given in STAGES[stage].inputs.items():
