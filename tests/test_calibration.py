@@ -241,3 +241,102 @@ def test_windows_of_task_prompts_are_the_same_every_time_and_know_their_text(reg
         assert tokenizer.decode(ids).encode() == texts[digest].encode()[start : start + 128]
     with pytest.raises(UserError, match="share 6 documents"):
         calibration.check_overlap(found, again)
+
+
+# What is text
+
+
+def write(file, records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def test_records_without_text_are_left_out_and_counted(tokenizer, tmp_path):
+    texts = [{"text": f"document number {n} has some text"} for n in range(30)]
+    empty = [{"title": "none"}, {"text": None}, {"text": ""}, {"text": " \n"}]
+    file = write(tmp_path / "corpus.jsonl", [*empty, *texts, texts[0] | {"text": "short"}, texts[0]])
+    found = [text for split in calibration.SPLITS for text in calibration.documents(file, split)]
+    assert sorted(found) == sorted([record["text"] for record in [*texts, texts[0]]] + ["short"])
+    usable = len(set(calibration.documents(file))) - ("short" in list(calibration.documents(file)))
+    kept = windows(tokenizer, file, n_windows=usable, seq_len=16)
+    kept.save(tmp_path)
+    assert calibration.Windows.load(tmp_path).passed_over == kept.passed_over and kept.passed_over["without text"] == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["one", "two"], r'line 3: text is \["one", "two"\], not text: correct or leave out'),
+        ({"body": "one"}, "line 3: text is .*, not text"),
+        (31337, "line 3: text is 31337, not text"),
+        (False, "line 3: text is false, not text"),
+        ([{"role": "user", "content": "one"}], "line 3: text holds chat turns: set chat_template=True"),
+        ("[{'from': 'human', 'value': 'one'}]", "line 3: text holds chat turns: set chat_template=True"),
+        ('[{"content": "one", "role": "user"}]', "line 3: text holds chat turns: set chat_template=True"),
+    ],
+)
+def test_what_is_no_text_is_refused_where_it_stands(tokenizer, tmp_path, value, message):
+    file = write(tmp_path / "corpus.jsonl", [{"text": "some text"}, {"text": "[1] more"}, {"text": value}])
+    with pytest.raises(UserError, match=message):
+        windows(tokenizer, file)
+
+
+TURNS = [{"role": "user", "content": "Say one."}, {"role": "assistant", "content": "One."}]
+TEMPLATE = "<s>{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        TURNS,
+        json.dumps(TURNS),
+        str(TURNS),
+        [{"from": "human", "value": "Say one."}, {"from": "gpt", "value": "One."}],
+        [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS],
+    ],
+)
+def test_conversations_are_rendered_where_asked_for(tmp_path, spelling):
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+    file = write(tmp_path / "corpus.jsonl", [{"messages": spelling, "source": n} for n in range(2)])
+    (text,) = set(calibration.documents(file, text_column="messages", chat_tokenizer=tokenizer))
+    assert text == "<s>user: Say one.</s>assistant: One.</s>"
+    length = len("user: Say one.assistant: One.") + 2
+    for bos in (True, False):
+        whole = windows(tokenizer, file, 1, length + 1, text_column="messages", chat_template=True, bos=bos).ids[0]
+        assert tokenizer.decode(whole) == text and (whole == tokenizer.bos_token_id).sum() == 1
+    with pytest.raises(UserError, match="no column 'text': set text_column to one of messages, source .with chat_template=True"):
+        windows(tokenizer, file)
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        windows(byte_tokenizer(), file, text_column="messages", chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("plain text", "line 1 holds text, not chat turns: set chat_template=False"),
+        (["no turns"], "line 1 holds no chat turns"),
+        ([{"who": "user", "says": "one"}], "line 1 has a turn of who, says without role and text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "line 1 has a turn of role, content without"),
+    ],
+)
+def test_text_and_broken_turns_are_not_rendered(tmp_path, value, message):
+    file = write(tmp_path / "corpus.jsonl", [{"text": value}])
+    with pytest.raises(UserError, match=message):
+        windows(byte_tokenizer(chat_template=TEMPLATE), file, chat_template=True)
+
+
+def test_a_hub_data_set_without_a_train_split_never_calibrates_on_its_test_split(tokenizer, monkeypatch):
+    def load(name, configuration, split, streaming):
+        return datasets.Dataset.from_list([{"text": f"{split} {n}"} for n in range(200)]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train_sft", "test"])
+    with pytest.raises(
+        UserError, match="'owner/name' has no split 'train': name one of train_sft, test, as in owner/name::train_sft"
+    ):
+        windows(tokenizer, "owner/name")
+    assert all(text.startswith("test ") for text in calibration.documents("owner/name", "evaluation"))
+    texts = [set(calibration.documents("owner/name::train_sft", split)) for split in calibration.SPLITS]
+    assert not texts[0] & texts[1] and texts[0] | texts[1] == {f"train_sft {n}" for n in range(200)}
+    with pytest.raises(UserError, match="has no split 'dev'"):
+        windows(tokenizer, "owner/name::dev")

@@ -1,5 +1,6 @@
 """Fidelity against scipy, held-out text against plain cross-entropy, benchmark answers against lm-eval's own model."""
 
+import copy
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 from scipy.stats import entropy
+from tokenizers.processors import TemplateProcessing
 
 from hfprune_nb import models
 from hfprune_nb.errors import UserError
@@ -554,9 +556,21 @@ def answers(language_model, requests):
 @pytest.mark.parametrize("bos", [False, True])
 def test_shared_prefixes_change_no_answer(tiny_alias, batch_size, bos):
     model, tokenizer = tiny_alias
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     ours = answers(SharedPrefixLM(model, tokenizer, batch_size, bos=bos), REQUESTS)
     assert_same_answers(ours, answers(stock(model, tokenizer, batch_size=4, add_bos_token=bos), REQUESTS))
     assert ours[0] == pytest.approx(ours[4], abs=TOLERANCE)
+    default = answers(SharedPrefixLM(model, tokenizer, batch_size), REQUESTS[:1])[0]
+    assert (default[0] == pytest.approx(ours[0][0], abs=TOLERANCE)) == bos, "what the tokenizer does is the default"
+
+
+def test_windows_that_the_model_cannot_read_are_refused(tiny):
+    model = tiny()
+    with pytest.raises(UserError, match="seq_len=65 is longer than the model's context of 64 tokens: lower seq_len"):
+        evaluation.held_out(model, np.ones((1, 65), dtype=int), progress=False)
+    with pytest.raises(UserError, match="its tokenizer gives token id 61 and its embedding has 61 rows"):
+        evaluation.held_out(model, np.full((1, 8), 61), progress=False)
 
 
 def test_the_greedy_flag_is_set_for_greedy_continuations(tiny_alias):

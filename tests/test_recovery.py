@@ -1,9 +1,11 @@
 """Packing without leaks, a loss that autograd confirms, tuning that resumes to the same bytes, and plain merged checkpoints."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,12 +83,30 @@ def test_records_are_split_by_prompt_and_shuffled_by_seed(tmp_path):
             {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Add\n1 and 1"},
             {"role": "assistant", "content": "2"},
         ]},
+        {"conversations": [{"from": "human", "value": "Add\n1 and 1"}, {"from": "gpt", "value": "2"}]},
+        {"messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Add\n"}, {"type": "text", "text": "1 and 1"}]},
+            {"role": "assistant", "content": "2"},
+        ]},
+        {"messages": '[{"role": "user", "content": "Add\\n1 and 1"}, {"role": "assistant", "content": "2"}]'},
+        {"prompt": "Add\n1 and 1", "completion": "2"},
+        {"prompt": [{"role": "user", "content": "Add\n1 and 1"}], "completion": [{"role": "assistant", "content": "2"}]},
+        {"instruction": "Add", "context": "1 and 1", "response": "2", "category": "sums"},
     ],
 )  # fmt: skip
 def test_every_form_of_record_gives_the_same_prompt(raw, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([raw]))
     (record,) = instructions.records(str(tmp_path / "data.json"), split="train")
     assert record == Record(instructions.TEMPLATE.format(instruction="Add\n1 and 1"), "2")
+
+
+def test_records_without_an_answer_are_counted(tmp_path):
+    asked = [{"role": "user", "content": "Add"}, {"role": "assistant", "content": None}]
+    empty = [{"messages": asked}, {"instruction": "Add", "output": None}, {"instruction": " ", "output": "2"}]
+    (tmp_path / "data.json").write_text(json.dumps([*empty, {"instruction": "Add", "output": "2"}]))
+    passed_over = Counter()
+    assert len(instructions.records(str(tmp_path / "data.json"), passed_over=passed_over)) == 1
+    assert passed_over == {"without text": 3}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +117,9 @@ def test_every_form_of_record_gives_the_same_prompt(raw, tmp_path):
         ('"instruction"', "no record"),
         ("[", "is no JSON"),
         ('[{"instruction": "?", "output": " "}]', "fewer than"),
-        ('[{"messages": [{"role": "user", "content": "?"}]}]', "one user and one assistant"),
+        ('[{"messages": [{"role": "user", "content": "?"}]}]', "record 1 is not one user and one assistant"),
+        ('{"messages": [{"role": "user", "content": {"a": 1}}]}', "line 1 has a turn of role, content without"),
+        ('{"instruction": "?", "output": 2}', "line 1 has instruction, output and neither"),
     ],
 )
 def test_bad_data_gets_one_sentence(content, words, tmp_path):
@@ -320,6 +342,29 @@ def test_the_micro_batch_does_not_change_what_is_learned(tokenizer, tmp_path):
         runs.append(tune(network, tokenizer, tmp_path / str(micro_batch), "full", steps=3, micro_batch=micro_batch))
     for name, tensor in runs[0].weights.items():
         torch.testing.assert_close(tensor, runs[1].weights[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_micro_batch_changes_the_draws_of_dropout_and_nothing_else(tokenizer, tmp_path, dropout):
+    chosen = dataclasses.replace(recovery.RECIPES["hfprune-lora"], dropout=dropout, seq_len=256, rows_per_step=4)
+    losses = []
+    for micro_batch in (1, 4):
+        network = models.load(models.TINY, "float32", "cpu")[0]
+        settings = {"max_steps": 2, "measurements": 1, "progress": False, "scratch": tmp_path / str(micro_batch)}
+        tuned = recovery.recover(network, tokenizer, TASKS, TASKS[:5], chosen, micro_batch=micro_batch, **settings)
+        losses.append(tuned.curve["loss"].iloc[-1])
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-5)) == (dropout == 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"seed": 1}, "seed"), ({"steps": 5}, "steps"), ({"name": "sdmprune-lora"}, "name, rank, alpha")]
+)
+def test_checkpoints_of_another_training_are_not_resumed(network, tokenizer, tmp_path, changes, told):
+    tune(network, tokenizer, tmp_path, steps=3)
+    with pytest.raises(UserError, match=f"holds another training .{told}.* differ.: delete it or give another folder"):
+        tune(models.load(models.TINY, "float32", "cpu")[0], tokenizer, tmp_path, **{"steps": 3} | changes)
+    with pytest.raises(UserError, match="holds another training .model differ"):
+        tune(network, tokenizer, tmp_path, steps=3)  # which was tuned in place
 
 
 def test_distillation_pulls_towards_the_teacher(tokenizer, tmp_path):

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, benchmarks, chat, tokens
+from hfprune_nb.inputs import assets, benchmarks, chat, tokenization
 
 SPLITS = ("calibration", "evaluation")
 TASK_PROMPTS = "task-prompts"
@@ -140,7 +140,7 @@ def windows(
     n_windows: int,
     seq_len: int,
     seed: int,
-    bos: bool | str = tokens.AUTO,
+    bos: bool | str = tokenization.AUTO,
     split: str = "calibration",
     text_column: str = "text",
     chat_template: bool = False,
@@ -148,16 +148,16 @@ def windows(
 ) -> Windows:
     """Cut one window of `seq_len` tokens at a random place out of each of `n_windows` documents.
 
-    The paper's setting is corpus c4, 43,128 windows of 1024 tokens. Documents come in the order
-    of `documents`; those shorter than a window, and repeated ones, are passed over. Every window begins with what `tokens.prefix`
-    gives for `bos`, and the text gives so many tokens less. No other special token is added, nothing is padded.
+    The paper's setting is corpus c4, 43,128 windows of 1024 tokens. Documents come in the order of `documents`; those shorter
+    than a window, and repeated ones, are passed over. Every window begins with what `tokenization.prefix` gives for `bos`, and
+    the text gives so many tokens less. No other special token is added, nothing is padded.
     chat_template : `text_column` holds conversations, which the tokenizer's chat template renders.
     Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer lacks what is asked.
     """
     for name, value, least in (("n_windows", n_windows, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name}={value} is too small: it must be at least {least}")
-    prefix = tokens.prefix(tokenizer, bos)
+    prefix = tokenization.prefix(tokenizer, bos)
     text_length = seq_len - len(prefix)
     # A stream of its own, so that window starts do not depend on how the documents were shuffled.
     random = np.random.default_rng([seed, 1])
@@ -233,7 +233,7 @@ def _tokenized(tokenizer, texts: Iterable[str], control_tokens: bool, passed_ove
                 seen.add(digest)
                 fresh[digest] = text
         if fresh:
-            encoded = tokens.encode(tokenizer, list(fresh.values()), control_tokens)
+            encoded = tokenization.encode(tokenizer, list(fresh.values()), control_tokens)
             yield from zip(fresh, encoded["input_ids"], strict=True)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, chat, tokens
+from hfprune_nb.inputs import assets, chat, tokenization
 from hfprune_nb.inputs.calibration import SHUFFLE_BUFFER, TOKENIZER_BATCH, document_hash
 
 # The Alpaca template for an instruction without input.
@@ -91,21 +91,21 @@ def records(
 
 
 def pack(
-    tokenizer, chosen: Iterable[Record], seq_len: int, bos: bool | str = tokens.AUTO, context: int | None = None
+    tokenizer, chosen: Iterable[Record], seq_len: int, bos: bool | str = tokenization.AUTO, context: int | None = None
 ) -> list[Row]:
     """Return `chosen` as packed rows of at most `seq_len` tokens, each example whole and in one row.
 
-    Prompt and response are tokenised together, as they are read later, after what `tokens.prefix` gives for `bos`; an EOS ends
-    every response and is learned. Labels are the next token where that token belongs to a response. An example longer than a
-    row, or than `context` tokens, is cut at its end (and has no EOS then); one whose prompt alone fills that is left out. Raises
-    UserError when nothing is left, for a tokenizer without EOS, and for one that cannot say where a token stands in the text.
+    Prompt and response are tokenised together, as they are read later, after what `tokenization.prefix` gives for `bos`; an EOS
+    ends every response and is learned. Labels are the next token where that token belongs to a response. An example longer than
+    a row, or than `context` tokens, is cut at its end (and has no EOS then); one whose prompt alone fills that is left out.
+    Raises UserError when nothing is left, for a tokenizer without EOS, and for one that cannot say where in a text a token is.
     """
     if not tokenizer.is_fast:
         raise UserError("model: its tokenizer cannot tell prompt from response (it is not a fast one): choose another model.")
     if tokenizer.eos_token_id is None:
         raise UserError("model: its tokenizer has no EOS token, so no response could be taught to end: choose another model.")
     rows, room = [], []
-    for input_ids, labels in _examples(tokenizer, chosen, min(seq_len, context or seq_len), tokens.prefix(tokenizer, bos)):
+    for input_ids, labels in _examples(tokenizer, chosen, min(seq_len, context or seq_len), tokenization.prefix(tokenizer, bos)):
         # `room` is kept ascending with the open rows beside it: the fullest row that still takes the example gets it.
         place = bisect.bisect_left(room, len(input_ids), key=lambda entry: entry[0])
         free, row = room.pop(place) if place < len(room) else (seq_len, Row())
@@ -144,7 +144,7 @@ def _examples(tokenizer, chosen: Iterable[Record], longest: int, prefix: list[in
     chosen = iter(chosen)
     while batch := list(itertools.islice(chosen, TOKENIZER_BATCH)):
         texts = [record.prompt + record.response for record in batch]
-        encoded = tokens.encode(tokenizer, texts, return_offsets_mapping=True)
+        encoded = tokenization.encode(tokenizer, texts, return_offsets_mapping=True)
         for record, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids = [*prefix, *ids, tokenizer.eos_token_id][:longest]
             # A token across the border belongs to the prompt.

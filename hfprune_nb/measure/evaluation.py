@@ -14,11 +14,11 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, hub
+from hfprune_nb.inputs import assets, hub, tokenization
 from hfprune_nb.measure import fidelity
 from hfprune_nb.measure.harness import SharedPrefixLM
 from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric, skipped
-from hfprune_nb.models import Head, final_hidden, head
+from hfprune_nb.models import Head, check_context, check_tokens, context_length, final_hidden, head
 from hfprune_nb.progress import bar
 
 ITEM_COLUMNS = ["task", "doc_id", "doc_hash", "metric", "value"]
@@ -60,9 +60,11 @@ def held_out(
 
     Perplexity reads every position but the last; fidelity reads `compared_positions` evenly spaced ones of each window.
     reference, reference_head : `HeldOut.hidden` and `models.head` of the dense model on the same windows. Raises UserError when
-    the reference does not fit, or a size is not positive.
+    the reference does not fit, the windows do not fit the model, or a size is not positive.
     """
     _check_positive(batch_size=batch_size, fidelity_positions=compared_positions)
+    check_context(model.config, windows.shape[1])
+    check_tokens(model.config, windows)
     count, seq_len = windows.shape
     places = fidelity.positions(seq_len, compared_positions)
     if reference is not None and reference.shape[-1] != reference_head.module.in_features:
@@ -106,7 +108,8 @@ def save_reference(hidden: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def benchmark_items(
-    model, tokenizer, names: list[str], source: str = "auto", limit: int = 0, batch_size: int = 16, bos: bool = False,
+    model, tokenizer, names: list[str], source: str = "auto", limit: int = 0, batch_size: int = 16,
+    bos: bool | str = tokenization.AUTO,
     metric: str = "paper", scratch: Path | None = None, max_length: int = 2048,
 ) -> tuple[pd.DataFrame, dict, dict[str, str]]:  # fmt: skip
     """Run lm-eval tasks on an in-memory model, each on its own, and keep every item.
@@ -124,7 +127,9 @@ def benchmark_items(
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is unknown: choose one of {', '.join(METRICS)}.")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    language_model = SharedPrefixLM(model, tokenizer, batch_size, min(max_length, _context_length(model, max_length)), bos)
+    language_model = SharedPrefixLM(
+        model, tokenizer, batch_size, min(max_length, context_length(model.config) or max_length), bos
+    )
     frames, protocol = [], {}
     for name, task in load_tasks(names, source).items():
         kept = scratch / f"{name}.parquet" if scratch else None
@@ -187,16 +192,16 @@ def _check_positive(**values: int) -> None:
             raise UserError(f"{name} {value} is too small: it must be at least 1.")
 
 
-def _context_length(model, default: int) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or default
-
-
 @torch.no_grad()
-def next_tokens(model, tokenizer, prompts=PROMPTS, top: int = 10) -> pd.DataFrame:
-    """Return the `top` likeliest next tokens after each prompt: prompt_id, prompt, rank (from 1), token, probability."""
-    own_head, rows = head(model), []
+def next_tokens(model, tokenizer, prompts=PROMPTS, top: int = 10, bos: bool | str = tokenization.AUTO) -> pd.DataFrame:
+    """Return the `top` likeliest next tokens after each prompt: prompt_id, prompt, rank (from 1), token, probability.
+
+    bos : what stands in front of a prompt, as in `tokenization.prefix`.
+    """
+    own_head, rows, prefix = head(model), [], tokenization.prefix(tokenizer, bos)
     for number, prompt in enumerate(prompts):
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(own_head.weight.device)
+        ids = prefix + tokenization.encode(tokenizer, [prompt])["input_ids"][0]
+        ids = torch.tensor([ids], device=own_head.weight.device)
         probability = torch.softmax(own_head.logits(final_hidden(model, ids)[0, -1:])[0], -1)
         best = probability.topk(min(top, len(probability)))
         rows += [

@@ -9,6 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from hfprune_nb import processes
+from hfprune_nb.inputs import tokenization
 from hfprune_nb.models import Head, head
 
 POSITIONS_AT_ONCE = 256
@@ -53,7 +54,7 @@ class Row:
 
 
 class SharedPrefixLM(HFLM):
-    """HFLM that computes every prefix that requests share once.
+    """HFLM that computes every prefix that requests share once, and puts in front of contexts what `tokenization.prefix` gives.
 
     Requests that begin alike are merged into a trie (`Row`); a mask lets every token see its own ancestors, and its position
     is its depth. A beginning that all requests of a task share is read once and kept as keys and values. Logits are taken in
@@ -62,11 +63,11 @@ class SharedPrefixLM(HFLM):
     In a process group the harness shares the items among its processes.
     """
 
-    def __init__(self, model, tokenizer, batch_size: int = 16, max_length: int = 2048, bos: bool = False):
+    def __init__(self, model, tokenizer, batch_size: int = 16, max_length: int = 2048, bos: bool | str = tokenization.AUTO):
         super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, add_bos_token=bos,
-            softmax_dtype="float32",
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32"
         )  # fmt: skip
+        self._prefix = tokenization.prefix(tokenizer, bos)
         self._rank, self._world_size = processes.place()
         self._head: Head = head(model)
         config = model.config.get_text_config()
@@ -74,6 +75,23 @@ class SharedPrefixLM(HFLM):
         self._longest = min(max_length, self._window or max_length)
         if config._attn_implementation not in ("sdpa", "eager"):
             self._longest = 0  # other kernels do not take a mask of our own
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_
+    ) -> list[int]:
+        """Return the token ids of a text, after the prefix unless the text spells it out or `add_special_tokens` is false."""
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        if add_special_tokens is not False and ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and mask (texts, longest text) of what a model goes on to write; nothing is truncated on the right."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensors (one number each) of all processes, on the CPU."""

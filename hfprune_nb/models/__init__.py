@@ -1,7 +1,19 @@
 """Models: loading, what can be removed from them, their head, and hooks."""
 
+from hfprune_nb.models.limits import check_context, check_tokens, context_length
 from hfprune_nb.models.lm_head import Head, final_hidden, head, matmul_precision
-from hfprune_nb.models.loading import ATTENTIONS, DTYPES, TINY, aliases, load, notes, resolve_device, resolve_dtype, tokenizer
+from hfprune_nb.models.loading import (
+    ATTENTIONS,
+    DTYPES,
+    TINY,
+    aliases,
+    configuration,
+    load,
+    notes,
+    resolve_device,
+    resolve_dtype,
+    tokenizer,
+)
 from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps
 
 __all__ = [
@@ -11,6 +23,10 @@ __all__ = [
     "GatedMLP",
     "Head",
     "aliases",
+    "check_context",
+    "check_tokens",
+    "configuration",
+    "context_length",
     "count_parameters",
     "final_hidden",
     "gated_mlps",

@@ -94,6 +94,14 @@ def tokenizer(name: str, trust_remote_code: bool = False):
     return _load_tokenizer(name, _source(name), trust_remote_code)
 
 
+def configuration(name: str, trust_remote_code: bool = False):
+    """Load only the configuration of a model; `name` as in `load`."""
+    from transformers import AutoConfig
+
+    with _one_sentence(name):
+        return AutoConfig.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+
+
 def notes(name: str) -> list[str]:
     """Return sentences that belong under every table about the model `name`: where its weights come from."""
     if name == TINY:

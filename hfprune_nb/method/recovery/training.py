@@ -10,6 +10,7 @@ torch's own format, which are local, transient and read with `weights_only`. Res
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -22,11 +23,11 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.files import load_tensors, save_tensors
-from hfprune_nb.inputs import instructions
+from hfprune_nb.files import load_tensors, read_json, save_tensors, write_json
+from hfprune_nb.inputs import instructions, tokenization
 from hfprune_nb.method.recovery.loss import Objective
 from hfprune_nb.method.recovery.recipes import Recipe
-from hfprune_nb.models import count_parameters, head
+from hfprune_nb.models import context_length, count_parameters, head
 from hfprune_nb.progress import bar
 
 SAVE_EVERY = 100  # optimizer steps that a kill can lose at most
@@ -67,6 +68,7 @@ def recover(
     held_out: list[instructions.Record],
     chosen: Recipe,
     *,
+    bos: bool | str = tokenization.AUTO,
     max_steps: int = 0,
     micro_batch: int = 1,
     teacher=None,
@@ -82,21 +84,27 @@ def recover(
 
     Parameters
     ----------
+    bos : what stands in front of every example, as in `tokenization.prefix`.
     max_steps : optimizer steps; 0 makes the recipe's epochs. The schedule always ends at 0.
-    micro_batch : packed rows in one forward pass, a divisor of the recipe's rows per step; results change by float error only.
+    micro_batch : packed rows in one forward pass, a divisor of the recipe's rows per step; results change by float error, and
+        where the recipe has dropout by other draws of it, as with another seed.
     teacher, distillation, temperature : the loss is `(1 - distillation) CE + distillation KL(teacher || model)`, with the
         teacher's logits divided by the temperature, as in the criterion `self_distillation`; the teacher is the dense model.
     measurements : how often the loss on `held_out` is measured during training; it is measured before as well.
-    scratch : folder for the trainer's checkpoints. What is there is resumed, to the same weights as without an interruption.
+    scratch : folder for the trainer's checkpoints. What is there is resumed, to the same weights as without an interruption; that
+        of another training is refused.
 
     Full tuning keeps float32 weights, computes under autocast in the model's dtype, and gives the weights back in that dtype.
     Raises UserError for settings that do not fit each other, and when the loss stops being a number.
     """
     _check(chosen, model, teacher, distillation, micro_batch, max_steps, measurements)
     dtype, started, size = model.dtype, time.perf_counter(), count_parameters(model)
-    rows = instructions.pack(tokenizer, train, chosen.seq_len)
-    held_out_rows = instructions.pack(tokenizer, held_out, chosen.seq_len)
+    context = context_length(model.config)
+    rows, held_out_rows = (instructions.pack(tokenizer, side, chosen.seq_len, bos, context) for side in (train, held_out))
     total_steps = max_steps or math.ceil(math.ceil(len(rows) / chosen.rows_per_step) * chosen.epochs)
+    settings = dataclasses.asdict(chosen) | {"steps": total_steps, "micro_batch": micro_batch, "distillation": distillation}
+    settings |= {"temperature": temperature, "measurements": measurements, "seed": seed, "dtype": str(dtype)}
+    _claim(Path(scratch), settings | {"model": _model_digest(model), "data": _rows_digest(rows + held_out_rows)})
     # A process-wide generator draws dropout and adapters: the caller's state comes back afterwards.
     with torch.random.fork_rng():
         set_seed(seed)
@@ -147,6 +155,7 @@ def recover(
     tokens = int(trainer.state.num_input_tokens_seen)
     facts = {
         "recipe": dataclasses.asdict(chosen),
+        "bos": bool(tokenization.prefix(tokenizer, bos)),
         "steps": total_steps,
         "rows": len(rows),
         "tokens": tokens,
@@ -292,6 +301,36 @@ def _harvest(model, adapted, dtype) -> tuple[dict[str, torch.Tensor], dict | Non
         adapted.merge_and_unload()
     model.eval().requires_grad_(False)
     return weights, configuration
+
+
+def _claim(scratch: Path, settings: dict) -> None:
+    """Write down whose checkpoints lie in `scratch`; raise UserError where those of another training do."""
+    file = scratch / "settings.json"
+    found = read_json(file) if file.is_file() else {}
+    if any(scratch.glob("checkpoint-*")) and found != settings:
+        other = [name for name, value in settings.items() if found.get(name) != value]
+        raise UserError(
+            f"scratch {scratch} holds another training ({', '.join(other)} differ): delete it or give another folder."
+        )
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+
+
+def _model_digest(model) -> str:
+    """Return a hash of where each weight begins: enough to tell one pruned or tuned model from another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        beginning = parameter.detach().flatten()[:64].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + beginning.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _rows_digest(rows: list[instructions.Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.input_ids)
+        digest.update(row.labels)
+    return digest.hexdigest()[:16]
 
 
 def _last_checkpoint(scratch: Path) -> str | None:

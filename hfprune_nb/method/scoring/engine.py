@@ -28,7 +28,7 @@ from hfprune_nb.method.scoring import accumulator
 from hfprune_nb.method.scoring.backward import Contributions
 from hfprune_nb.method.scoring.scores import Scores
 from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
-from hfprune_nb.models import gated_mlps, head
+from hfprune_nb.models import check_context, check_tokens, gated_mlps, head
 from hfprune_nb.models.cpu_attention import fast_on_cpu
 from hfprune_nb.progress import bar
 
@@ -101,6 +101,9 @@ def score(
     from_logits = [criterion for criterion in chosen if isinstance(criterion, registry.LogitCriterion)]
     if from_logits and (np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2):
         raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
+    if from_logits:
+        check_context(model.config, windows.shape[1])
+        check_tokens(model.config, windows)
     plain = [criterion for criterion in from_logits if not criterion.needs_teacher]
     taught = [criterion for criterion in from_logits if criterion.needs_teacher]
     first_stage = registry.create("one_hot_ce")

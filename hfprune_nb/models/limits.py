@@ -1,0 +1,27 @@
+"""What a model can read: texts up to its context, tokens of its embedding."""
+
+import numpy as np
+
+from hfprune_nb.errors import UserError
+
+
+def context_length(config) -> int | None:
+    """Return how many tokens the model of `config` was made to read at once, None where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(config, seq_len: int) -> None:
+    """Raise UserError for windows longer than the model's context: what it says beyond that means nothing."""
+    context = context_length(config)
+    if context and seq_len > context:
+        raise UserError(f"seq_len={seq_len} is longer than the model's context of {context} tokens: lower seq_len")
+
+
+def check_tokens(config, token_ids: np.ndarray) -> None:
+    """Raise UserError for token ids that the model's embedding does not have."""
+    rows = config.get_text_config().vocab_size
+    if token_ids.size and int(token_ids.max()) >= rows:
+        raise UserError(
+            f"model: its tokenizer gives token id {int(token_ids.max())} and its embedding has {rows} rows: use the tokenizer "
+            "that it was trained with, or enlarge the model with resize_token_embeddings"
+        )
