@@ -104,6 +104,14 @@ def test_what_cannot_be_loaded_is_told_in_one_sentence(name, settings, words, ow
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_tokenizer_is_named(own_cache, tiny):
+    tiny().save_pretrained(own_cache / "bare")
+    for load in (models.tokenizer, models.load):
+        with pytest.raises(UserError, match="bare' has no tokenizer .* copy tokenizer.json and tokenizer_config.json") as caught:
+            load(str(own_cache / "bare"))
+        assert "\n" not in str(caught.value)
+
+
 def test_a_failed_conversion_leaves_nothing_behind(own_cache):
     (own_cache / "broken.gguf").write_bytes(b"GGUF not really")
     with pytest.raises(UserError):

@@ -199,8 +199,14 @@ def _write_tiny(folder: Path) -> None:
 def _load_tokenizer(name: str, source: str, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
-    with _one_sentence(name):
+    try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    # What transformers raises for one that is missing depends on the tokenizer's class.
+    except Exception as error:
+        raise UserError(
+            f"model '{name}' has no tokenizer that transformers can load ({' '.join(str(error).split())}): copy tokenizer.json "
+            f"and tokenizer_config.json of the model that it was made from into {source}"
+        ) from error
 
 
 @contextlib.contextmanager
