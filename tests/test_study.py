@@ -104,6 +104,16 @@ def test_bad_file_is_refused(project):
         study.load("toi")
 
 
+def test_a_study_file_of_another_editor_is_read_or_refused_with_its_line(project):
+    file = toys.write_study(project, "edited", description="caf\u00e9")
+    text = file.read_text(encoding="utf-8")
+    file.write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    assert study.load("edited").models == study.load("toy").models
+    file.write_bytes(f"# caf\u00e9\n{text}".encode("latin-1"))
+    with pytest.raises(UserError, match="study file .*edited.yaml, line 1 is not UTF-8"):
+        study.load("edited")
+
+
 # -- the plan
 
 

@@ -1,6 +1,7 @@
 """A task on local records asks exactly what the harness asks on the hub's records."""
 
 import csv
+import gzip
 import json
 import re
 from types import SimpleNamespace
@@ -56,6 +57,28 @@ def test_the_smoke_task_is_sound():
         ["green", "blue", "brown", "black"],
         1,
     )
+
+
+@pytest.mark.parametrize("packing", ["jsonl", "json", "jsonl.gz"])
+def test_a_task_of_ones_own_is_read_as_any_file_is(tmp_path, monkeypatch, packing):
+    """Blank lines, a byte order mark, a line separator inside a question."""
+    monkeypatch.setenv("HFPRUNE_HOME", str(tmp_path))
+    asked = [{"question": f"Which\u2028one is {n}?", "choices": [str(n), "none"], "answer": 0} for n in range(6)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in asked]
+    text = "\ufeff" + "\r\n".join([*lines[:3], "", *lines[3:], "", ""])
+    (tmp_path / "data" / "tasks").mkdir(parents=True)
+    file = tmp_path / "data" / f"records.{packing}"
+    file.write_bytes(gzip.compress(text.encode()) if packing.endswith("gz") else text.encode())
+    stock = (PROJECT / "data" / "tasks" / "smoke_choice.yaml").read_text()
+    stock = stock.replace("smoke_choice", "own").replace("../smoke/choice.jsonl", f"../records.{packing}")
+    (tmp_path / "data" / "tasks" / "own.yaml").write_text(stock)
+    assert tasks.load_tasks(["own"])["own"].eval_docs.to_list() == asked
+    file.write_text(json.dumps(asked[0]) + "\n" + json.dumps(asked[1] | {"answer": "none"}))
+    with pytest.raises(UserError, match="task records .* a field that is not of one kind"):
+        tasks.load_tasks(["own"])
+    file.write_bytes(b'{"question": "caf\xe9"}')
+    with pytest.raises(UserError, match="task records .* line 1 is not UTF-8"):
+        tasks.load_tasks(["own"])
 
 
 def test_the_harness_evaluates_a_local_task():

@@ -142,7 +142,13 @@ def _local_task(name: str) -> LocalTask:
 def _read(file: Path) -> datasets.Dataset:
     if file.suffix == ".parquet":
         return datasets.Dataset(pyarrow.parquet.read_table(file))
-    return datasets.Dataset.from_list([record for _, record in text_files.read_records(file, "task records")])
+    records = [record for _, record in text_files.read_records(file, "task records")]
+    try:
+        return datasets.Dataset.from_list(records)
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"task records {file} have a field that is not of one kind ({error}): give every record the same"
+        ) from error
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from hfprune_nb import paths
+from hfprune_nb import paths, text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import parameters, stage, stages
 
@@ -83,7 +83,7 @@ def load(name: str | Path) -> Study:
     """
     path = find(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(text_files.read_text(path, "study file"))
     except yaml.YAMLError as error:
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
