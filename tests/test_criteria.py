@@ -1,9 +1,14 @@
-"""Closed-form gradients against autograd of independently written formulas, in float64."""
+"""The family of criteria: facts, settings and specs; closed-form gradients against autograd of formulas written anew."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from hfprune_nb import criteria
+from hfprune_nb.criteria import Criterion
 from hfprune_nb.errors import UserError
 
 LOGIT_CRITERIA = [
@@ -13,6 +18,7 @@ LOGIT_CRITERIA = [
     ("self_distillation", {"alpha": 0.4, "temperature": 0.2}),
     ("self_distillation", {"alpha": 0.0}),
 ]
+SDMPRUNE = {"self_distillation": {"alpha": 0.4, "temperature": 0.2}, "as": "sdmprune_20"}
 
 
 def formula(name, z, y, teacher, alpha=1.0, temperature=1.0):
@@ -24,6 +30,12 @@ def formula(name, z, y, teacher, alpha=1.0, temperature=1.0):
     if name == "entropy":
         return -(p * torch.log(p)).sum(-1)
     return (1 - alpha) * cross_entropy + alpha * (q * (torch.log(q) - torch.log(p))).sum(-1)
+
+
+def apply(criterion, logits, next_tokens=None, teacher_logits=None):
+    """Hand the criterion what it needs, each position having a label."""
+    given = {"next_tokens": next_tokens, "teacher_logits": teacher_logits, "label_weight": torch.ones_like(logits[:, 0])}
+    return criterion.value_and_gradient(logits, **criterion.needed(given))
 
 
 @pytest.fixture
@@ -40,7 +52,7 @@ def test_gradient_and_value_equal_autograd(name, settings, logits):
     expected = formula(name, variable, y, teacher, **settings)
     (gradient,) = torch.autograd.grad(expected.sum(), variable)
     before = z.clone(), teacher.clone()
-    value, closed = criteria.create(name, **settings).value_and_gradient(z, y, teacher)
+    value, closed = apply(criteria.create(name, **settings), z, y, teacher)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(closed, gradient, rtol=1e-10, atol=1e-14)
     assert torch.equal(z, before[0]) and torch.equal(teacher, before[1]), "arguments were changed"
@@ -49,14 +61,14 @@ def test_gradient_and_value_equal_autograd(name, settings, logits):
 @pytest.mark.parametrize("name", ["one_hot_ce", "entropy", "self_distillation"])
 def test_gradient_survives_extreme_logits(name):
     z = torch.tensor([[1e4, 0.0, -1e4], [-1e4, -1e4, -1e4]], dtype=torch.float32)
-    value, gradient = criteria.create(name).value_and_gradient(z, torch.tensor([0, 1]), z.flip(-1))
+    value, gradient = apply(criteria.create(name), z, torch.tensor([0, 1]), z.flip(-1))
     assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_identical_teacher_gives_exactly_zero_gradient(dtype):
     z = 5 * torch.randn(11, 301, dtype=dtype)
-    value, gradient = criteria.create("self_distillation").value_and_gradient(z, torch.zeros(11).long(), z.clone())
+    value, gradient = apply(criteria.create("self_distillation"), z, teacher_logits=z.clone())
     assert not gradient.any() and not value.any()
 
 
@@ -77,19 +89,111 @@ def test_random_is_fixed_by_its_seed():
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
 
 
+# Facts
+
+
 def test_names_finds_one_file_per_criterion():
-    assert criteria.names() == ["entropy", "magnitude", "one_hot_ce", "random", "self_distillation"]
+    assert {"entropy", "magnitude", "one_hot_ce", "random", "self_distillation"} <= set(criteria.names())
+
+
+def test_facts_wait_for_no_heavy_import():
+    code = """
+import sys
+from hfprune_nb import criteria
+facts = [(v.label, v.spec, v.order, v.passes, v.criterion.kind) for v in criteria.variants(criteria.names())]
+print(sorted({"torch", "numpy", "pandas", "yaml"} & set(sys.modules)))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", criteria.names())
+def test_every_criterion_states_its_facts(name):
+    criterion = criteria.create(name)
+    assert (
+        criterion.label
+        and criterion.source
+        and criterion.kind
+        in {
+            "logits",
+            "activations",
+            "weights",
+            "weight_gradients",
+            "measured",
+        }
+    )
+    assert criterion.reads_text == any(criterion.passes)
+    assert all(setting.meaning and setting.check(name, key, setting.default) == setting.default
+               for key, setting in criterion.settings.items())  # fmt: skip
+    assert not (criterion.between_layers and criterion.kind in ("weights", "activations"))
+
+
+def test_a_class_adds_its_settings_to_those_of_its_parent():
+    assert {"aggregation", "alpha", "temperature", "first_stage_ratio"} <= criteria.create("self_distillation").settings.keys()
+    assert criteria.create("entropy").settings.keys() < criteria.create("self_distillation").settings.keys()
+    assert Criterion.settings == {}
+
+
+# Specs
+
+
+def test_variants_of_one_criterion_have_their_own_names_settings_and_labels():
+    found = criteria.variants(
+        ["self_distillation", SDMPRUNE, {"self_distillation": {"aggregation": "weight"}, "as": "by_weight"}]
+    )
+    assert [variant.name for variant in found] == ["self_distillation", "sdmprune_20", "by_weight"]
+    assert [variant.label for variant in found] == [
+        "Self-distillation",
+        "Self-distillation (alpha 0.4, temperature 0.2)",
+        "Self-distillation (weight-wise)",
+    ]
+    assert [variant.create().alpha for variant in found] == [1.0, 0.4, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "words"),
+    ("spec", "canonical"),
     [
-        ("entropie", {}, "did you mean 'entropy'"),
-        ("self_distillation", {"alpha": 1.5}, "alpha"),
-        ("self_distillation", {"temperature": 0.0}, "temperature"),
+        ("entropy", "entropy"),
+        ({"entropy": {}}, "entropy"),
+        ({"entropy": None, "as": "entropy"}, "entropy"),
+        ({"self_distillation": {"alpha": 1}}, "self_distillation"),
+        (SDMPRUNE | {"self_distillation": SDMPRUNE["self_distillation"] | {"first_stage_ratio": 0.025}}, SDMPRUNE),
+        ({"entropy": {}, "as": "again"}, {"entropy": {}, "as": "again"}),
     ],
 )
-def test_bad_criteria_are_refused_in_one_sentence(name, settings, words):
+def test_a_spec_holds_what_differs_from_the_defaults_and_reads_back(spec, canonical):
+    (variant,) = criteria.variants([spec])
+    assert variant.spec == canonical
+    assert criteria.variants([json.loads(json.dumps(variant.spec))]) == [variant] == criteria.variants([variant])
+
+
+def test_order_is_the_papers_then_others_then_baselines_with_variants_behind_their_criterion():
+    specs = ["random", "magnitude", SDMPRUNE, "entropy", "self_distillation", "one_hot_ce"]
+    names = [variant.name for variant in sorted(criteria.variants(specs), key=lambda variant: variant.order)]
+    assert names == ["one_hot_ce", "self_distillation", "sdmprune_20", "entropy", "magnitude", "random"]
+
+
+@pytest.mark.parametrize(
+    ("specs", "words"),
+    [
+        (["entropie"], "did you mean 'entropy'"),
+        ([{"self_distillation": {"alpha": 1.5}}], "alpha 1.5 is not a number of at least 0 and at most 1"),
+        ([{"self_distillation": {"alpha": "much"}}], "alpha 'much' is not a number"),
+        ([{"self_distillation": {"alpha": True}}], "alpha True is not a number"),
+        ([{"self_distillation": {"temperature": 0.0}}], "temperature 0.0 is not a number above 0"),
+        ([{"self_distillation": {"temprature": 0.5}}], "did you mean 'temperature'"),
+        ([{"self_distillation": {"first_stage_ratio": 1.0}}], "first_stage_ratio"),
+        ([{"entropy": {"aggregation": "weights"}}], "aggregation 'weights' is not one of activation, weight"),
+        ([{"random": {"seed": 3}}], "it has none"),
+        (["entropy", {"entropy": {"aggregation": "weight"}}], "'entropy' is named twice"),
+        ([SDMPRUNE, SDMPRUNE], "'sdmprune_20' is named twice"),
+        ([{"entropy": {}, "as": "a/b"}], "not a plain name"),
+        ([{"entropy": {}, "random": {}}], "is no criterion"),
+        ([{"as": "x"}], "is no criterion"),
+        ([{"entropy": 3}], "is no criterion"),
+        ([7], "is no criterion"),
+    ],
+)
+def test_bad_specs_are_refused_in_one_sentence(specs, words):
     with pytest.raises(UserError, match=words) as caught:
-        criteria.create(name, **settings)
+        criteria.variants(specs)
     assert "\n" not in str(caught.value)

@@ -18,6 +18,7 @@ from hfprune_nb.method.scoring import accumulator, backward, distributed, engine
 from hfprune_nb.models import loading
 
 THREE = ["one_hot_ce", "entropy", "self_distillation"]
+TENTH = [*THREE[:2], {"self_distillation": {"first_stage_ratio": 0.1}}]
 
 
 def assert_equal_scores(one, other, rtol=2e-4):
@@ -140,17 +141,19 @@ def bytes_of(scores, folder):
     return [(folder / f"{name}.safetensors").read_bytes() for name in ("scores", "snapshots")]
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"aggregation": "weight"}], ids=str)
+@pytest.mark.parametrize(
+    ("aggregation", "settings"), [("activation", {}), ("activation", {"activation_checkpointing": True}), ("weight", {})], ids=str
+)
 @pytest.mark.parametrize(("architecture", "dtype"), [("llama", "bfloat16"), ("phi3", "float32"), ("gemma", "bfloat16")])
 def test_a_teacher_that_was_kept_is_the_one_that_would_be_computed(
-    architecture, dtype, settings, tiny, token_windows, tmp_path, monkeypatch
+    architecture, dtype, aggregation, settings, tiny, token_windows, tmp_path, monkeypatch
 ):
     model, settings = tiny(architecture, dtype=dtype), {"batch_size": 4, "progress": False} | settings
-    computed = computed_batches(monkeypatch)
-    kept = scoring.score(model, token_windows, THREE, **settings)
+    computed, criteria = computed_batches(monkeypatch), [{name: {"aggregation": aggregation}} for name in THREE]
+    kept = scoring.score(model, token_windows, criteria, **settings)
     assert computed == []
     monkeypatch.setattr(engine, "TEACHER_BYTES", 0)
-    again = scoring.score(model, token_windows, THREE, **settings)
+    again = scoring.score(model, token_windows, criteria, **settings)
     assert sum(computed) == 9
     assert bytes_of(again, tmp_path) == bytes_of(kept, tmp_path)
     assert (again.tokens, again.mean_value) == (kept.tokens, kept.mean_value)
@@ -270,7 +273,7 @@ def test_compilation_is_asked_for_criteria_and_sums_only_when_wanted(tiny, token
 def test_weight_aggregation_has_no_layers_to_compute_twice(tiny, token_windows):
     with pytest.raises(UserError, match="activation_checkpointing does not go with"):
         scoring.score(
-            tiny("llama"), token_windows, ["entropy"], aggregation="weight", activation_checkpointing=True, progress=False
+            tiny("llama"), token_windows, [{"entropy": {"aggregation": "weight"}}], activation_checkpointing=True, progress=False
         )
 
 
@@ -294,7 +297,7 @@ def test_a_snapshot_is_the_importance_of_the_first_windows(tiny, token_windows, 
 
 
 def test_snapshots_of_self_distillation_have_the_student_of_the_full_first_stage(tiny, token_windows):
-    scores = scoring.score(tiny("llama"), token_windows, THREE, first_stage_ratio=0.1, progress=False)
+    scores = scoring.score(tiny("llama"), token_windows, TENTH, progress=False)
     removed = [
         {tuple(place) for place in (found["self_distillation"] < 0).nonzero().tolist()} for found in scores.snapshots.values()
     ]
@@ -331,14 +334,14 @@ def stop_after(count, monkeypatch):
 @pytest.mark.parametrize("after", [0, 3, 5, 8])
 def test_a_resumed_run_gives_the_same_bytes(after, tiny, token_windows, tmp_path, monkeypatch):
     """Five batches in each of two passes: it is killed before the first checkpoint, in the first pass, between, in the second."""
-    settings = {"batch_size": 2, "checkpoint_every": 2, "first_stage_ratio": 0.1, "progress": False}
-    scoring.score(tiny("llama"), token_windows, THREE, **settings).save(tmp_path / "whole.safetensors")
+    settings = {"batch_size": 2, "checkpoint_every": 2, "progress": False}
+    scoring.score(tiny("llama"), token_windows, TENTH, **settings).save(tmp_path / "whole.safetensors")
     original = stop_after(after, monkeypatch)
     with pytest.raises(Killed):
-        scoring.score(tiny("llama"), token_windows, THREE, checkpoint=tmp_path / "checkpoint", **settings)
+        scoring.score(tiny("llama"), token_windows, TENTH, checkpoint=tmp_path / "checkpoint", **settings)
     added = []
     monkeypatch.setattr(accumulator.Totals, "add", lambda self, *rest: added.append(None) or original(self, *rest))
-    resumed = scoring.score(tiny("llama"), token_windows, THREE, checkpoint=tmp_path / "checkpoint", **settings)
+    resumed = scoring.score(tiny("llama"), token_windows, TENTH, checkpoint=tmp_path / "checkpoint", **settings)
     resumed.save(tmp_path / "resumed.safetensors")
     resumed.save_snapshots(tmp_path / "snapshots.safetensors")
     assert len(added) == 10 - after, "a batch was computed again"
@@ -388,9 +391,9 @@ def one_thread(monkeypatch):
 
 
 def test_two_processes_give_the_scores_of_one(one_thread, token_windows, tmp_path):
-    settings = {"dtype": "float32", "device": "cpu", "batch_size": 2, "first_stage_ratio": 0.1, "progress": False}
-    one = distributed.score(models.TINY, token_windows, THREE, folder=tmp_path / "one", **settings)
-    two = distributed.score(models.TINY, token_windows, THREE, folder=tmp_path / "two", processes=2, **settings)
+    settings = {"dtype": "float32", "device": "cpu", "batch_size": 2, "progress": False}
+    one = distributed.score(models.TINY, token_windows, TENTH, folder=tmp_path / "one", **settings)
+    two = distributed.score(models.TINY, token_windows, TENTH, folder=tmp_path / "two", processes=2, **settings)
     assert_equal_scores(two, one)
     assert two.tokens == one.tokens and two.mean_value == pytest.approx(one.mean_value, rel=1e-5)
     assert list(two.snapshots) == list(one.snapshots)
@@ -398,7 +401,9 @@ def test_two_processes_give_the_scores_of_one(one_thread, token_windows, tmp_pat
         for name, values in found.items():
             torch.testing.assert_close(two.snapshots[n][name], values, rtol=2e-4, atol=1e-7)
     files = {path.name for path in (tmp_path / "two" / "checkpoint").iterdir()}
-    assert files == {f"{name}.{rank}of2.safetensors" for name in ("dense", "student") for rank in (0, 1)}
+    assert files == {
+        f"{name}.{rank}of2.safetensors" for name in ("activation.dense", "activation.student-0.1") for rank in (0, 1)
+    }
 
 
 def write_request(folder, windows, criteria):

@@ -18,7 +18,7 @@ def close(a, b, tolerance=1e-6):  # the engine multiplies activations and gradie
 
 
 def engine(model, windows, criterion, **settings):
-    return score(model, windows, [criterion], progress=False, **settings).importance[criterion]
+    return score(model, windows, [{criterion: settings}], progress=False).importance[criterion]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "phi3"])

@@ -13,6 +13,7 @@ from hfprune_nb.models import cpu_attention
 from hfprune_nb.models.hooks import replaced, silenced
 
 THREE = ["one_hot_ce", "entropy", "self_distillation"]
+TENTH = [*THREE[:2], {"self_distillation": {"first_stage_ratio": 0.1}}]
 
 
 def naive(model, windows, criterion, kept=None):
@@ -49,7 +50,7 @@ def naive(model, windows, criterion, kept=None):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_pass_equals_the_naive_loop(architecture, tiny, token_windows):
     model = tiny(architecture, dtype="float64")
-    scores = scoring.score(model, token_windows, THREE, batch_size=4, chunk_size=7, first_stage_ratio=0.1, progress=False)
+    scores = scoring.score(model, token_windows, TENTH, batch_size=4, chunk_size=7, progress=False)
     for criterion in ("one_hot_ce", "entropy"):
         torch.testing.assert_close(scores.importance[criterion], naive(model, token_windows, criterion), rtol=1e-5, atol=1e-9)
     first = scores.importance["one_hot_ce"]
@@ -65,7 +66,7 @@ def test_one_pass_equals_the_naive_loop(architecture, tiny, token_windows):
 @pytest.mark.parametrize("architecture", ["llama-biases", "gemma", "phi3"])
 def test_weight_aggregation_equals_autograd_over_the_whole_model(architecture, tiny, token_windows):
     model = tiny(architecture, dtype="float64")
-    scores = scoring.score(model, token_windows[:3], ["entropy", "one_hot_ce"], aggregation="weight", progress=False)
+    scores = scoring.score(model, token_windows[:3], [{"entropy": {"aggregation": "weight"}}], progress=False)
     mlps = models.gated_mlps(model)
     expected = torch.zeros(len(mlps), mlps[0].width, dtype=torch.float64)
     model.requires_grad_(True)
@@ -114,11 +115,11 @@ def test_same_arguments_give_the_same_bytes(tiny, token_windows, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("aggregation", scoring.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", ["activation", "weight"])
 def test_scoring_leaves_the_model_as_it_was(aggregation, tiny, token_windows):
     model = tiny("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    scoring.score(model, token_windows, THREE, aggregation=aggregation, progress=False)
+    scoring.score(model, token_windows, [{name: {"aggregation": aggregation}} for name in THREE], progress=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
     assert not any(mlp.down._forward_pre_hooks or mlp.up._forward_hooks for mlp in models.gated_mlps(model))
@@ -187,8 +188,8 @@ def test_sizes_that_are_too_small_are_refused(name, value, tiny, token_windows):
 
 
 def test_an_unknown_aggregation_is_refused(tiny, token_windows):
-    with pytest.raises(UserError, match="aggregation"):
-        scoring.score(tiny("llama"), token_windows, ["entropy"], aggregation="activations", progress=False)
+    with pytest.raises(UserError, match="aggregation 'activations' is not one of"):
+        scoring.score(tiny("llama"), token_windows, [{"entropy": {"aggregation": "activations"}}], progress=False)
 
 
 @pytest.mark.parametrize(

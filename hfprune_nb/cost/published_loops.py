@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from hfprune_nb.criteria import variants as variants_of
 from hfprune_nb.method.pruning import narrow
 from hfprune_nb.method.scoring import score
 from hfprune_nb.method.selection import allocate, kept_neurons
@@ -100,7 +101,7 @@ def hfprune(model, windows: np.ndarray, habits: Habits = Habits(), *, batch_size
 def llm_pruner(model, windows: np.ndarray, habits: Habits = Habits(), *, chunk_size: int = 128) -> torch.Tensor:
     """Return the one-hot cross-entropy importance (layers, neurons) in the manner of LLM-Pruner.
 
-    Weight-wise, as `scoring.score(..., aggregation="weight")`; the habit of weight gradients means those of all the model's
+    Weight-wise, as the engine's with aggregation `weight`; the habit of weight gradients means those of all the model's
     weights, attention and embedding included.
     """
     trained = list(model.parameters()) if habits.weight_gradients else _mlp_weights(model)
@@ -120,13 +121,14 @@ def sdmprune(
     """Return the weight-wise importance (layers, neurons) of SDMPrune's two stages.
 
     Cross-entropy scores first remove `first_stage_ratio` of the neurons; then `(1 - alpha) CE + alpha KL(q || p)` to the dense
-    teacher, whose logits are divided by `temperature`, scores that student. Removed neurons rank last, as in the engine.
+    teacher, whose logits are divided by `temperature`, scores that student, CE being a mean over the positions with a label and
+    KL over all. Removed neurons rank last, as in the engine.
     """
     first = _weight_loop(model, windows, _cross_entropy, habits, chunk_size, _mlp_weights(model))
     kept = kept_neurons(first, allocate(model, neuron_ratio=first_stage_ratio).width_after)
 
     def loss(logits, next_tokens, teacher_logits):
-        return _distillation(logits, next_tokens, teacher_logits, alpha, temperature)
+        return _distillation(logits, next_tokens, teacher_logits, alpha, temperature, windows.shape[1])
 
     removed_rank_last = first - first.max() - 1
     if habits.teacher_copy:
@@ -146,12 +148,13 @@ def contestants(model, windows: np.ndarray, batch_size: int = 0) -> list[Contest
     def engine(name, criteria, forwards, backwards, **settings):
         options = {"batch_size": batch_size, "progress": False} | settings
         run = functools.partial(score, model, windows, criteria, **options)
-        return Contestant(name, " + ".join(criteria), "engine", run, forwards, backwards)
+        chosen = [variant.criterion.name for variant in variants_of(criteria)]
+        return Contestant(name, " + ".join(chosen), "engine", run, forwards, backwards)
 
     def loop(name, criterion, run, forwards, backwards):
         return Contestant(name, criterion, "published loop", functools.partial(run, model, windows), forwards, backwards)
 
-    taught = ["self_distillation"]
+    by_weight = {"self_distillation": SDMPRUNE | {"aggregation": "weight"}}
     return [
         engine("entropy: engine", ["entropy"], 1, 1),
         engine("entropy: engine, 1 window", ["entropy"], 1, 1, batch_size=1),
@@ -159,8 +162,8 @@ def contestants(model, windows: np.ndarray, batch_size: int = 0) -> list[Contest
         engine("one_hot_ce: engine", ["one_hot_ce"], 1, 1),
         loop("one_hot_ce: LLM-Pruner loop", "one_hot_ce", llm_pruner, 1, 1),
         engine("one_hot_ce + entropy: engine", ["one_hot_ce", "entropy"], 1, 2),
-        engine("self_distillation: engine", taught, 2, 2, **SDMPRUNE),
-        engine("self_distillation: engine, by weight", taught, 2, 2, aggregation="weight", **SDMPRUNE),
+        engine("self_distillation: engine", [{"self_distillation": SDMPRUNE}], 2, 2),
+        engine("self_distillation: engine, by weight", [by_weight], 2, 2),
         loop("self_distillation: SDMPrune loop", "self_distillation", sdmprune, 3, 2),
     ]
 
@@ -188,8 +191,8 @@ def ablation(model, windows: np.ndarray, batch_size: int = 4) -> list[Contestant
 
 def in_half_and_in_float64(model, windows: np.ndarray, batch_size: int = 0) -> tuple[dict, dict]:
     """Return the engine's importance of the three criteria, of `model` as it is and of a float64 copy of it."""
-    criteria = ["one_hot_ce", "self_distillation", "entropy"]
-    settings = {"batch_size": batch_size, "progress": False} | SDMPRUNE
+    criteria = ["one_hot_ce", {"self_distillation": SDMPRUNE}, "entropy"]
+    settings = {"batch_size": batch_size, "progress": False}
     pair = (score(network, windows, criteria, **settings).importance for network in (model, copy.deepcopy(model).double()))
     return tuple(pair)
 
@@ -279,13 +282,12 @@ def _cross_entropy(logits, next_tokens, teacher_logits):
     return values.view_as(next_tokens), (next_tokens != -100).to(values.dtype)
 
 
-def _distillation(logits, next_tokens, teacher_logits, alpha, temperature):
+def _distillation(logits, next_tokens, teacher_logits, alpha, temperature, seq_len):
     log_q = torch.log_softmax(teacher_logits / temperature, dim=-1)
     divergence = (log_q.exp() * (log_q - torch.log_softmax(logits, dim=-1))).sum(dim=-1)
-    if alpha == 1:
-        return divergence, torch.ones_like(divergence)
-    values, counts = _cross_entropy(logits, next_tokens, teacher_logits)
-    return (1 - alpha) * values + alpha * divergence, counts
+    values, _ = _cross_entropy(logits, next_tokens, teacher_logits)
+    # Everything is divided by the number of positions, of which one has no label.
+    return (1 - alpha) * values * seq_len / (seq_len - 1) + alpha * divergence, torch.ones_like(divergence)
 
 
 def _next_tokens(batch):

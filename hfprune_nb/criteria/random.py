@@ -1,6 +1,4 @@
-"""Random importance: the control that any criterion has to beat."""
-
-import torch
+"""Random importance: the baseline that any criterion has to beat."""
 
 from hfprune_nb.criteria.base import WeightCriterion
 
@@ -9,7 +7,9 @@ class Random(WeightCriterion):
     """Uniform numbers in (0, 1], independent for every neuron, fixed by the seed."""
 
     name = "random"
-    source = "control"
+    label = "Random"
+    source = "baseline"
+    unit = ""
 
     def importance(self, inputs, down, generator):
-        return 1 - torch.rand(down.shape[1], dtype=torch.float64, generator=generator)
+        return 1 - down.new_empty(down.shape[1], device="cpu").double().uniform_(generator=generator)

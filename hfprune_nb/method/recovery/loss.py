@@ -25,8 +25,10 @@ class ChunkedLoss(torch.autograd.Function):
             for start in range(0, len(hidden), chunk_size):
                 part = slice(start, start + chunk_size)
                 logits = model_head.logits(hidden[part])
-                teacher_logits = None if taught is None else teacher_head.logits(taught[part])
-                value, found = criterion.value_and_gradient(logits, targets[part], teacher_logits)
+                available = {"next_tokens": targets[part], "label_weight": torch.ones_like(targets[part], dtype=logits.dtype)}
+                if taught is not None:
+                    available["teacher_logits"] = teacher_head.logits(taught[part])
+                value, found = criterion.value_and_gradient(logits, **criterion.needed(available))
                 total += value.sum(dtype=torch.float64)
                 gradient[part] = model_head.hidden_gradient(logits, found)
                 if weight_gradient is not None:

@@ -53,7 +53,7 @@ class Contributions:
             with torch.no_grad():
                 teacher_hidden = final_hidden(self.model, batch)
         # The mean over positions is taken after the product of h and its gradient, so that half precision never holds small ones.
-        positions = [batch.shape[1] - 1 if criterion.needs_next_token else batch.shape[1] for criterion in self.group]
+        positions = [batch.shape[1] - criterion.only_labelled for criterion in self.group]
         with silenced(self.model, self.student) if self.student is not None else contextlib.nullcontext():
             changes, sums, hidden = self._changes(batch, teacher_hidden)
         changes = [torch.stack([row / count for row, count in zip(rows, positions, strict=True)]) for rows in changes]
@@ -178,7 +178,7 @@ class _Vocabulary:
         self.functions = [torch.compile(function) for function in functions] if compiled else functions
         # New memory costs the CPU more than the arithmetic on it: these live as long as the pass.
         shape, wide = (chunk_size, len(model_head.weight)), torch.promote_types(model_head.weight.dtype, torch.float32)
-        needed = 2 if any(criterion.needs_teacher for criterion in group) else 1
+        needed = 2 if any("teacher_logits" in criterion.needs for criterion in group) else 1
         self.logits = [model_head.weight.new_empty(shape, dtype=wide) for _ in range(needed)]
         self.narrow = model_head.weight.new_empty(shape)
 
@@ -192,26 +192,30 @@ class _Vocabulary:
         last = torch.arange(1, len(flat) + 1, device=device) % batch.shape[1] == 0
         gradients = [torch.empty_like(flat) for _ in self.group]
         sums = torch.zeros(len(self.group), dtype=torch.float64, device=device)
+        label_weight = torch.where(last, 0, batch.shape[1] / (batch.shape[1] - 1)).to(self.logits[0].dtype)
         for start in range(0, len(flat), self.chunk_size):
             part = slice(start, min(start + self.chunk_size, len(flat)))
             size = part.stop - start
             logits = self.head.logits(flat[part], out=self.logits[0][:size])
-            teacher = None if taught is None else self.head.logits(taught[part], out=self.logits[1][:size])
+            available = {"next_tokens": next_tokens[part], "label_weight": label_weight[part]}
+            if taught is not None:
+                available["teacher_logits"] = self.head.logits(taught[part], out=self.logits[1][:size])
             for index, criterion in enumerate(self.group):
-                value = self._fill_narrow(index, logits, next_tokens[part], teacher)
+                value = self._fill_narrow(index, logits, criterion.needed(available))
                 found = torch.mm(self.narrow[:size], weight, out=gradients[index][part])
-                if criterion.needs_next_token:
+                if criterion.only_labelled:
                     value = value.masked_fill(last[part], 0)
                     found.masked_fill_(last[part][:, None], 0)
                 sums[index] += value.sum(dtype=torch.float64)
         return [gradient.view_as(hidden).to(hidden.device) for gradient in gradients], sums.tolist()
 
-    def _fill_narrow(self, index, logits, next_tokens, teacher):
+    def _fill_narrow(self, index, logits, needed):
         """Put one criterion's gradient for the product with the head into `narrow`; return C at each position."""
         values = []
         for start in range(0, len(logits), self.rows):
             rows = slice(start, start + self.rows)
-            value, gradient = self.functions[index](logits[rows], next_tokens[rows], None if teacher is None else teacher[rows])
+            own = {name: tensor[rows] for name, tensor in needed.items()}
+            value, gradient = self.functions[index](logits[rows], **own)
             self.narrow[rows][: len(gradient)] = self.head.product_gradient(logits[rows], gradient)
             values.append(value)
         return torch.cat(values)

@@ -32,7 +32,7 @@ from hfprune_nb.models import check_context, check_tokens, gated_mlps, head
 from hfprune_nb.models.cpu_attention import fast_on_cpu
 from hfprune_nb.progress import bar
 
-AGGREGATIONS = ("activation", "weight")
+_FIRST_STAGE = "first stage"
 
 # Enough tokens in a forward pass to fill the matrix units; more would only take memory.
 CPU_TOKENS, CUDA_TOKENS = 512, 32768
@@ -47,14 +47,10 @@ logger = logging.getLogger(__name__)
 def score(
     model,
     windows: np.ndarray,
-    criteria: list[str],
+    criteria: list[str | dict],
     *,
     batch_size: int = 4,
     chunk_size: int = 128,
-    aggregation: str = "activation",
-    alpha: float = 1.0,
-    temperature: float = 1.0,
-    first_stage_ratio: float = 0.025,
     seed: int = 0,
     compile: bool = False,
     activation_checkpointing: bool = False,
@@ -71,15 +67,15 @@ def score(
     Parameters
     ----------
     windows : (windows, seq) token ids; may be empty when no criterion reads text.
+    criteria : specs as `criteria.variants` reads them, each a name or a mapping with settings. Aggregation `weight` is SDMPrune's
+        `mean over the hidden dimension of the sum over windows of |g_down * w_down + g_up * w_up + g_gate * w_gate|`, g being the
+        gradient of C for a weight; it takes one window at a time and memory for the gradients of all MLP weights.
+        `self_distillation` scores a student that has lost the `first_stage_ratio` of its neurons with the lowest one-hot
+        cross-entropy importance of the same aggregation (SDMPrune's first stage; 3.9 instead of 4.0 times hidden size is 2.5 %).
+        Neurons removed there rank last, in the order of the first stage.
     batch_size : windows in one forward pass; 0: on CUDA what the first window shows to fit in free memory, on the CPU as many as
         have 512 tokens, whatever the memory, so that the same windows give the same bytes. chunk_size : positions whose logits
         exist at once. Neither changes the scores beyond float error. When memory runs out, the batch is tried again in halves.
-    aggregation : `activation` is HFPrune's, `sum over tokens of |h * dC/dh|`. `weight` is SDMPrune's, `mean over the hidden
-        dimension of the sum over windows of |g_down * w_down + g_up * w_up + g_gate * w_gate|`, g being the gradient of C for a
-        weight; it takes one window at a time and memory for the gradients of all MLP weights.
-    alpha, temperature : of `self_distillation`, whose student has lost the `first_stage_ratio` of its neurons with the lowest
-        one-hot cross-entropy importance (SDMPrune's first stage; 3.9 instead of 4.0 times hidden size is 2.5 %). Neurons removed
-        there rank last, in the order of the first stage.
     seed : of the `random` criterion.
     compile : use torch.compile for the criteria and for the sums over positions, whose many small steps a GPU would start one by
         one. On one CPU core it saved 5 % with SmolLM2-135M and 512-token windows. The decoder is never compiled: its layers took
@@ -91,64 +87,71 @@ def score(
         and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
         files of any other run are ignored.
 
-    Raises UserError for an unknown criterion or aggregation, an unsupported architecture, missing text, a window that does not
-    fit in memory, or scores that are NaN or all equal.
+    Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
+    memory, or scores that are NaN or all equal.
     """
-    _check(criteria, aggregation, activation_checkpointing, batch_size, chunk_size, checkpoint_every)
-    chosen = [registry.create(name, alpha=alpha, temperature=temperature) for name in dict.fromkeys(criteria)]
+    chosen = registry.variants(criteria)
+    _check(chosen, activation_checkpointing, batch_size, chunk_size, checkpoint_every)
     mlps = gated_mlps(model)
-    from_weights = [criterion for criterion in chosen if isinstance(criterion, registry.WeightCriterion)]
-    from_logits = [criterion for criterion in chosen if isinstance(criterion, registry.LogitCriterion)]
+    from_weights = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "weights"}
+    from_logits = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "logits"}
     if from_logits and (np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2):
         raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
     if from_logits:
         check_context(model.config, windows.shape[1])
         check_tokens(model.config, windows)
-    plain = [criterion for criterion in from_logits if not criterion.needs_teacher]
-    taught = [criterion for criterion in from_logits if criterion.needs_teacher]
-    first_stage = registry.create("one_hot_ce")
-    if taught and first_stage.name not in [criterion.name for criterion in plain]:
-        plain.append(first_stage)
+    passes, first_stage = {}, {}
+    for name, criterion in from_logits.items():
+        taught = "teacher_logits" in criterion.needs
+        stage = (criterion.aggregation, criterion.first_stage_ratio if taught else 0)
+        passes.setdefault(stage, {})[name] = criterion
+        if taught:
+            first_stage[criterion.aggregation] = registry.create("one_hot_ce", aggregation=criterion.aggregation)
+    for aggregation, criterion in first_stage.items():
+        dense = passes.setdefault((aggregation, 0), {})
+        alike = [name for name, other in dense.items() if type(other) is type(criterion)]
+        first_stage[aggregation] = alike[0] if alike else _FIRST_STAGE
+        dense.setdefault(first_stage[aggregation], criterion)
     scoring_pass = _Pass(
         model,
         windows,
-        {"aggregation": aggregation, "chunk_size": chunk_size, "checkpointing": activation_checkpointing, "compiled": compile},
-        batch_size=1 if aggregation == "weight" else batch_size,  # the absolute value is taken of each window's own gradient
+        {"chunk_size": chunk_size, "checkpointing": activation_checkpointing, "compiled": compile},
+        batch_size=batch_size,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
-        teacher_bytes=TEACHER_BYTES if taught else 0,
+        teacher_bytes=TEACHER_BYTES if any(ratio for _, ratio in passes) else 0,
     )
     started = time.perf_counter()
     found, mean_value = {}, {}
     tokens = np.size(windows) if from_logits else 0
-    shown = bar(tokens * (1 + bool(taught)) // processes.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
+    shown = bar(tokens * len(passes) // processes.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
     with shown as progress_bar, fast_on_cpu(model):
-        if plain:
-            found, mean_value = scoring_pass("dense", plain, None, progress_bar)
-        if taught:
-            first = found[first_stage.name][-1]
-            student = kept_neurons(first, allocate(model, neuron_ratio=first_stage_ratio).width_after)
-            of_student, values = scoring_pass("student", taught, student, progress_bar)
-            found |= {
-                name: torch.stack([_rank_last(scores, student, first) for scores in rows]) for name, rows in of_student.items()
-            }
+        for (aggregation, ratio), group in sorted(passes.items(), key=lambda item: item[0]):
+            first = student = None
+            if ratio:
+                first = found[first_stage[aggregation]][-1]
+                student = kept_neurons(first, allocate(model, neuron_ratio=ratio).width_after)
+            rows, values = scoring_pass(aggregation, f"student-{ratio:g}" if ratio else "dense", group, student, progress_bar)
+            if ratio:
+                rows = {name: torch.stack([_rank_last(scores, student, first) for scores in each]) for name, each in rows.items()}
+            found |= rows
             mean_value |= values
     importance = {name: rows[-1] for name, rows in found.items()}
-    importance |= {criterion.name: _weight_importance(mlps, criterion, seed) for criterion in from_weights}
-    importance = {criterion.name: importance[criterion.name] for criterion in chosen}
+    importance |= {name: _weight_importance(mlps, criterion, seed) for name, criterion in from_weights.items()}
+    importance = {variant.name: importance[variant.name] for variant in chosen}
     for name, scores in importance.items():
         check_importance(scores, f"criterion '{name}'")
     snapshots = {}
     if from_logits:
         for index, n in enumerate(accumulator.borders(len(windows))):
-            snapshots[n] = {criterion.name: found[criterion.name][index] for criterion in from_logits}
+            snapshots[n] = {name: found[name][index] for name in from_logits}
     mean_value = {name: value for name, value in mean_value.items() if name in importance}
     seconds = time.perf_counter() - started + scoring_pass.seconds_before
     return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots)
 
 
-def _check(criteria, aggregation, activation_checkpointing, batch_size, chunk_size, checkpoint_every):
-    if not criteria:
+def _check(chosen, activation_checkpointing, batch_size, chunk_size, checkpoint_every):
+    if not chosen:
         raise UserError(f"criteria is empty: name at least one of {', '.join(registry.names())}.")
     for name, value, least in (
         ("batch_size", batch_size, 0),
@@ -157,9 +160,7 @@ def _check(criteria, aggregation, activation_checkpointing, batch_size, chunk_si
     ):
         if value < least:
             raise UserError(f"{name} {value} is too small: it must be at least {least}.")
-    if aggregation not in AGGREGATIONS:
-        raise UserError(f"aggregation '{aggregation}' is unknown: choose one of {', '.join(AGGREGATIONS)}.")
-    if aggregation == "weight" and activation_checkpointing:
+    if activation_checkpointing and any(variant.settings.get("aggregation") == "weight" for variant in chosen):
         raise UserError("activation_checkpointing does not go with aggregation 'weight': switch it off.")
 
 
@@ -181,21 +182,24 @@ class _Pass:
         """The model's head, which is checked once for all passes."""
         return head(self.model)
 
-    def __call__(self, name, group, student, progress_bar):
+    def __call__(self, aggregation, name, group, student, progress_bar):
         """Return {criterion: importance after each border (borders, layers, neurons)} and {criterion: mean of C}.
 
         Of the dense model, or of the `student`, which keeps only those neurons and goes with the dense model as its teacher.
         """
-        sums = accumulator.Totals(gated_mlps(self.model), len(group), len(self.windows), self.batch_size)
+        names, group = list(group), list(group.values())
+        # By weight, the absolute value is taken of each window's own gradient.
+        size = 1 if aggregation == "weight" else self.batch_size
+        sums = accumulator.Totals(gated_mlps(self.model), len(group), len(self.windows), size)
         file = fingerprint = None
         if self.checkpoint is not None:
-            file = Path(self.checkpoint) / f"{name}.{self.rank}of{self.processes}.safetensors"
+            file = Path(self.checkpoint) / f"{aggregation}.{name}.{self.rank}of{self.processes}.safetensors"
             fingerprint = self._fingerprint(group, student)
             if sums.resume(file, fingerprint):
                 logger.info("scoring goes on after %d windows of %s", sums.done, file)
                 self.seconds_before += sums.seconds
         progress_bar.update(sums.done * self.windows.shape[1])
-        contributions = Contributions(self.model, self.head, group, student=student, **self.settings)
+        contributions = Contributions(self.model, self.head, group, aggregation=aggregation, student=student, **self.settings)
         saved, started, before = sums.done, time.perf_counter(), sums.seconds
         while sums.done < len(self.places):
             added = self._add_batch(contributions, sums)
@@ -206,7 +210,6 @@ class _Pass:
                 saved = sums.done
         self.batch_size = sums.batch_size
         importance, values = sums.merged()
-        names = [criterion.name for criterion in group]
         means = (values / len(self.windows)).tolist()
         return dict(zip(names, importance, strict=True)), dict(zip(names, means, strict=True))
 
@@ -268,7 +271,7 @@ class _Pass:
             **self.settings,
             batch_size=self.batch_size,
             place=[self.rank, self.processes],
-            criteria=[[criterion.name, vars(criterion)] for criterion in group],
+            criteria=[[type(criterion).__name__, vars(criterion)] for criterion in group],
             student=None if student is None else hashlib.sha256(student.numpy().tobytes()).hexdigest(),
             attention=self.model.config._attn_implementation,
             device=str(self.model.get_input_embeddings().weight.device),
