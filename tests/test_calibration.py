@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import calibration
+from hfprune_nb.inputs import calibration, chat
 
 CORPUS = "data/smoke/corpus.txt"
 PROJECT = Path(__file__).resolve().parent.parent
@@ -253,14 +253,14 @@ def write(file, records):
 
 def test_records_without_text_are_left_out_and_counted(tokenizer, tmp_path):
     texts = [{"text": f"document number {n} has some text"} for n in range(30)]
-    empty = [{"title": "none"}, {"text": None}, {"text": ""}, {"text": " \n"}]
+    empty = [{"title": "none"}, {"text": None}, {"text": ""}, {"text": " \n"}, {"text": []}]
     file = write(tmp_path / "corpus.jsonl", [*empty, *texts, texts[0] | {"text": "short"}, texts[0]])
     found = [text for split in calibration.SPLITS for text in calibration.documents(file, split)]
     assert sorted(found) == sorted([record["text"] for record in [*texts, texts[0]]] + ["short"])
     usable = len(set(calibration.documents(file))) - ("short" in list(calibration.documents(file)))
     kept = windows(tokenizer, file, n_windows=usable, seq_len=16)
     kept.save(tmp_path)
-    assert calibration.Windows.load(tmp_path).passed_over == kept.passed_over and kept.passed_over["without text"] == 4
+    assert calibration.Windows.load(tmp_path).passed_over == kept.passed_over and kept.passed_over["without text"] == 5
 
 
 @pytest.mark.parametrize(
@@ -304,6 +304,10 @@ def test_conversations_are_rendered_where_asked_for(tmp_path, spelling):
     for bos in (True, False):
         whole = windows(tokenizer, file, 1, length + 1, text_column="messages", chat_template=True, bos=bos).ids[0]
         assert tokenizer.decode(whole) == text and (whole == tokenizer.bos_token_id).sum() == 1
+    broken = [{"role": "user", "content": "End </s> here."}]
+    write(tmp_path / "more.jsonl", [{"messages": broken}, {"messages": spelling}, {"messages": []}])
+    more = windows(tokenizer, tmp_path / "more.jsonl", 1, 8, text_column="messages", chat_template=True)
+    assert more.passed_over == {"with a special token in a turn": 1, "without text": 1}
     with pytest.raises(UserError, match="no column 'text': set text_column to one of messages, source .with chat_template=True"):
         windows(tokenizer, file)
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
@@ -323,6 +327,11 @@ def test_text_and_broken_turns_are_not_rendered(tmp_path, value, message):
     file = write(tmp_path / "corpus.jsonl", [{"text": value}])
     with pytest.raises(UserError, match=message):
         windows(byte_tokenizer(chat_template=TEMPLATE), file, chat_template=True)
+
+
+def test_a_rendered_conversation_is_the_same_on_every_day():
+    tokenizer = byte_tokenizer(chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}")
+    assert chat.render(tokenizer, TURNS, "here") == "26 Jul 2024 Say one."
 
 
 def test_a_hub_data_set_without_a_train_split_never_calibrates_on_its_test_split(tokenizer, monkeypatch):

@@ -102,11 +102,11 @@ def test_every_form_of_record_gives_the_same_prompt(raw, tmp_path):
 
 def test_records_without_an_answer_are_counted(tmp_path):
     asked = [{"role": "user", "content": "Add"}, {"role": "assistant", "content": None}]
-    empty = [{"messages": asked}, {"instruction": "Add", "output": None}, {"instruction": " ", "output": "2"}]
+    empty = [{"messages": asked}, {"messages": []}, {"instruction": "Add", "output": None}, {"instruction": " ", "output": "2"}]
     (tmp_path / "data.json").write_text(json.dumps([*empty, {"instruction": "Add", "output": "2"}]))
     passed_over = Counter()
     assert len(instructions.records(str(tmp_path / "data.json"), passed_over=passed_over)) == 1
-    assert passed_over == {"without text": 3}
+    assert passed_over == {"without text": 4}
 
 
 @pytest.mark.parametrize(

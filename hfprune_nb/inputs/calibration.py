@@ -86,7 +86,7 @@ def document_hash(text: str) -> str:
 
 
 def documents(
-    corpus: str,
+    corpus: str | Path,
     split: str = "calibration",
     text_column: str = "text",
     seed: int = 0,
@@ -107,11 +107,11 @@ def documents(
     (`text_files.read_records`) with the text in `text_column`; a relative path is looked up in the working directory, then in the
     project. A hub id may carry a configuration, and the split to share out: `owner/name:configuration:split`.
     chat_tokenizer : renders `text_column` with its chat template, as that holds conversations.
-    passed_over : counts records without text, which are left out.
+    passed_over : counts records without text and conversations that spell out a special token, which are left out.
     Raises UserError for an unknown split or one that the corpus has not, a corpus that is missing, a text column that does not
     exist, and one that holds anything but text.
     """
-    passed_over = Counter() if passed_over is None else passed_over
+    corpus, passed_over = str(corpus), Counter() if passed_over is None else passed_over
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
     if corpus == "c4":
@@ -136,7 +136,7 @@ def documents(
 
 def windows(
     tokenizer,
-    corpus: str,
+    corpus: str | Path,
     n_windows: int,
     seq_len: int,
     seed: int,
@@ -184,7 +184,7 @@ def windows(
                 return chosen
     if longest == 0:
         raise UserError(f"corpus {corpus!r} is empty: its {split} split has no text, choose another corpus")
-    unit = " (a .txt document ends at a blank line)" if corpus.lower().endswith(".txt") else ""
+    unit = " (a .txt document ends at a blank line)" if text_files.suffix(corpus) == ".txt" else ""
     if not rows:
         raise UserError(
             f"seq_len={seq_len} is longer than every document of corpus {corpus!r} ({split}), of which the longest has "
@@ -297,10 +297,16 @@ def _texts(
             if not found and count == RECORDS_WITHOUT_COLUMN:
                 break
         value = record.get(column)
-        if value is None or value != value or (isinstance(value, str) and not value.strip()):  # not a number is no text either
+        # Tables hold "not a number" where nothing is.
+        if value is None or value != value or value == [] or (isinstance(value, str) and not value.strip()):
             passed_over["without text"] += 1
         elif chat_tokenizer is not None:
-            yield chat.render(chat_tokenizer, value, place)
+            turns = chat.turns(value, place)
+            # Rendered, it would end the turn or begin another.
+            if any(token in turn["content"] for turn in turns for token in chat_tokenizer.all_special_tokens):
+                passed_over["with a special token in a turn"] += 1
+            else:
+                yield chat.render(chat_tokenizer, turns, place)
         elif chat.is_turns(value):
             raise UserError(
                 f"{place}: {column} holds chat turns: set chat_template=True, which renders them as the model's tokenizer does"

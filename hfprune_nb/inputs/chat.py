@@ -7,6 +7,8 @@ import re
 from hfprune_nb.errors import UserError
 
 COLUMNS = ("messages", "conversations", "conversation")
+# Some templates tell the model today's date; a fixed one gives the same text every day, and is that which LLaMA 3's fall back to.
+_FIXED_DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 # Tables often hold turns as text, in JSON's spelling or in Python's.
 _SPELT_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
@@ -33,16 +35,16 @@ def turns(value, place: str) -> list[dict[str, str]]:
     return [_turn(turn, place) for turn in value]
 
 
-def render(tokenizer, value, place: str) -> str:
-    """Return a conversation as one text, in the words of the tokenizer's chat template, special tokens spelt out.
+def render(tokenizer, conversation: list[dict[str, str]], place: str) -> str:
+    """Return a conversation (`turns`) as one text, in the words of the tokenizer's chat template, special tokens spelt out.
 
-    Raises UserError for a tokenizer without a template, and for turns that `turns` or the template refuses.
+    Raises UserError for a tokenizer without a template, and for turns that the template refuses.
     """
     if not tokenizer.chat_template:
         raise UserError("model: its tokenizer has no chat template: choose an instruction-tuned model or set chat_template=False")
-    conversation = turns(value, place)
+    template = _FIXED_DATE + tokenizer.get_chat_template()
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False)
+        return tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     # Templates raise what they like about roles and their order.
     except Exception as error:
         raise UserError(f"{place}: the chat template refuses its turns ({error}): correct or leave out the record") from error

@@ -11,6 +11,7 @@ import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Row:
 
 
 def records(
-    data: str, n_records: int = 0, seed: int = 0, split: str = "train", passed_over: Counter | None = None
+    data: str | Path, n_records: int = 0, seed: int = 0, split: str = "train", passed_over: Counter | None = None
 ) -> list[Record]:
     """Return instruction records in an order shuffled by `seed`, of the training or the held-out split.
 
@@ -73,7 +74,7 @@ def records(
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
     if n_records < 0:
         raise UserError(f"n_records {n_records} is negative: give the number of records, or 0 for all.")
-    kept, passed_over = [], Counter() if passed_over is None else passed_over
+    data, kept, passed_over = str(data), [], Counter() if passed_over is None else passed_over
     for place, raw in _source(data, seed):
         record = _record(place, raw)
         if not record:
@@ -163,6 +164,8 @@ def _record(place: str, raw: dict) -> Record | None:
     conversation = next((raw[name] for name in chat.COLUMNS if name in raw), None)
     if conversation is None and isinstance(raw.get("prompt"), list) and isinstance(raw.get("completion"), list):
         conversation = raw["prompt"] + raw["completion"]
+    if conversation == []:
+        return None
     if conversation is not None:
         turns = [turn for turn in chat.turns(conversation, place) if turn["role"] != "system"]
         if [turn["role"] for turn in turns] != ["user", "assistant"]:

@@ -279,6 +279,7 @@ def _spent_sentence(recovered: Recovered) -> str:
         words += f"{recipe['rows_per_step']} rows of {recipe['seq_len']} tokens of {entry['data']}, seed {entry['seed']}"
         if entry["distillation"]:
             words += f", distillation {entry['distillation']:g}"
+        words += ", with BOS" if entry.get("bos") else ""
         told[words] = None
     return "Tuned by " + "; ".join(told) + "." if told else "Nothing was tuned."
 

@@ -17,6 +17,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from hfprune_nb.files import load_tensors, read_json, save_tensors, write_json
 from hfprune_nb.inputs import instructions, tokenization
 from hfprune_nb.method.recovery.loss import Objective
 from hfprune_nb.method.recovery.recipes import Recipe
-from hfprune_nb.models import context_length, count_parameters, head
+from hfprune_nb.models import check_tokens, context_length, count_parameters, head
 from hfprune_nb.progress import bar
 
 SAVE_EVERY = 100  # optimizer steps that a kill can lose at most
@@ -101,6 +102,7 @@ def recover(
     dtype, started, size = model.dtype, time.perf_counter(), count_parameters(model)
     context = context_length(model.config)
     rows, held_out_rows = (instructions.pack(tokenizer, side, chosen.seq_len, bos, context) for side in (train, held_out))
+    check_tokens(model.config, np.array([max(row.input_ids) for row in rows + held_out_rows]))
     total_steps = max_steps or math.ceil(math.ceil(len(rows) / chosen.rows_per_step) * chosen.epochs)
     settings = dataclasses.asdict(chosen) | {"steps": total_steps, "micro_batch": micro_batch, "distillation": distillation}
     settings |= {"temperature": temperature, "measurements": measurements, "seed": seed, "dtype": str(dtype)}
