@@ -180,8 +180,11 @@ def pruning(folder: Path, criterion, ratio, seed, model="smollm2-135m"):
         "achieved_ratio": ratio,
         "seed": seed,
         "neuron_ratio": 1 - keep / 96,
-        "width_before": 96,
-        "width_after": [keep] * 12,
+        "width_before": [96] * 12,
+        "widths": [keep] * 12,
+        "allocation": "uniform",
+        "allocation_spec": "uniform",
+        "loads_with": "plain",
     }
     (folder / "pruning.json").write_text(json.dumps(facts))
     return folder

@@ -220,25 +220,26 @@ def test_bad_generation_settings_are_refused(tiny):
 
 
 def test_equal_contributions_stall_at_256_times_one_of_them():
-    rows = study(torch.ones(4, 1, 8) * torch.arange(1, 9), [64, 256, 2048], kept=4, streams=1)
+    rows = study([torch.ones(4, 8) * torch.arange(1, 9)], [64, 256, 2048], kept=[4], streams=1)
     assert [row["sum_fraction"] for row in rows] == pytest.approx([1, 1, 256 / 2048])
     assert [row["changed"] for row in rows] == [0, 0, 0] and [row["spearman"] for row in rows[:2]] == pytest.approx([1, 1])
     assert rows[2]["spearman"] < 1, "where a sum stalls depends on how its increment is rounded"
 
 
 def test_exact_sums_change_nothing_and_half_precision_more_with_more_windows():
-    contributions = torch.from_numpy(np.random.default_rng(1).gamma(0.5, size=(32, 2, 400)))
-    exact = study(contributions, [16, 512], kept=300, importance_dtype=torch.float64)
+    random = np.random.default_rng(1)
+    contributions = [torch.from_numpy(random.gamma(0.5, size=(32, width))) for width in (400, 300)]
+    exact = study(contributions, [16, 512], kept=[300, 200], importance_dtype=torch.float64)
     assert all(row["changed"] == 0 and row["spearman"] == pytest.approx(1) for row in exact)
-    rows = study(contributions, [16, 4096], kept=300, streams=2)
+    rows = study(contributions, [16, 4096], kept=[300, 200], streams=2)
     changed = {count: np.mean([row["changed"] for row in rows if row["windows"] == count]) for count in (16, 4096)}
     assert 0 < changed[16] < changed[4096] < 0.25
-    assert len(rows) == 2 * 2 * 2 and rows == study(contributions, [16, 4096], kept=300, streams=2)
+    assert len(rows) == 2 * 2 * 2 and rows == study(contributions, [16, 4096], kept=[300, 200], streams=2)
 
 
 def test_a_width_that_cannot_be_kept_is_refused():
     with pytest.raises(UserError, match="kept 8"):
-        study(torch.ones(2, 1, 8), [2], kept=8)
+        study([torch.ones(2, 8)], [2], kept=[8])
 
 
 def test_rank_correlation_is_scipy_s_with_ties():

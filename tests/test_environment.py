@@ -36,7 +36,7 @@ ALLOWED = {  # who may ask whom: the ground floor knows nobody, the measures kno
     "report": {"criteria", "allocations"},
     "cli": {"criteria", "allocations", "inputs", "models", "cost", "runs", "report"},
 }
-COMMON = {"errors", "files", "paths", "processes", "progress", "__version__"}
+COMMON = {"errors", "families", "files", "paths", "processes", "progress", "text_files", "__version__"}
 
 
 def lines(file):
@@ -202,7 +202,7 @@ def test_nothing_imports_the_command_line():
 
 def test_every_module_lies_in_a_wing():
     outside = {file.stem for file in PACKAGE.glob("*.py")}
-    assert outside == {"__init__", "errors", "files", "paths", "processes", "progress"}
+    assert outside == {"__init__", "errors", "families", "files", "paths", "processes", "progress", "text_files"}
     assert {folder.name for folder in PACKAGE.iterdir() if (folder / "__init__.py").is_file()} == set(ALLOWED)
 
 

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hfprune_nb import files, models
-from hfprune_nb.allocations import uniform
+from hfprune_nb import allocations, files, models
+from hfprune_nb.allocations import Units
 from hfprune_nb.errors import UserError
 from hfprune_nb.method import compensation, pruning, selection
 from hfprune_nb.models.hooks import replaced, silenced
 
 
 def importance_of(model, seed=0):
-    mlps = models.gated_mlps(model)
-    return torch.rand(len(mlps), mlps[0].width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(mlp.width, dtype=torch.float64, generator=generator) for mlp in models.gated_mlps(model)]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -56,10 +56,10 @@ sizes = st.tuples(st.integers(1, 80), st.integers(2, 20000), st.integers(3, 3000
 @given(sizes, st.floats(1e-4, 0.999), st.booleans())
 def test_achieved_ratio_is_within_one_neuron_per_layer(sizes, ratio, of_neurons):
     layers, width, per_neuron, rest = sizes
-    dense = layers * width * per_neuron + rest
+    dense, units = layers * width * per_neuron + rest, [Units(width, per_neuron)] * layers
     chosen = {"neuron_ratio": ratio} if of_neurons else {"ratio": ratio}
     try:
-        plan = uniform.uniform(layers, width, per_neuron, dense, **chosen)
+        plan = allocations.allocate(units, dense, **chosen)
     except UserError:
         reachable = ratio * width if of_neurons else ratio * dense / (layers * per_neuron)
         assert reachable < 0.5 + 1e-6 or reachable > width - 0.5 - 1e-6
@@ -74,8 +74,10 @@ def test_achieved_ratio_is_within_one_neuron_per_layer(sizes, ratio, of_neurons)
 @given(st.integers(1, 40), st.integers(2, 5000), st.floats(0.01, 0.99), st.integers(1, 512))
 def test_multiple_of_gives_a_multiple_that_is_nearest(layers, width, ratio, multiple):
     try:
-        exact = uniform.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio).width_after[0]
-        kept = uniform.uniform(layers, width, 7, layers * width * 7, neuron_ratio=ratio, multiple_of=multiple).width_after[0]
+        exact, kept = (
+            allocations.allocate([Units(width, 7)] * layers, layers * width * 7, neuron_ratio=ratio, multiple_of=m).width_after[0]
+            for m in (1, multiple)
+        )
     except UserError:
         return
     assert kept % multiple == 0 and kept >= multiple
@@ -91,14 +93,14 @@ def test_more_pruning_removes_a_superset(tiny):
 
 
 def test_the_most_important_are_kept_in_ascending_order_and_ties_are_settled():
-    importance = torch.tensor([[3.0, 1.0, 2.0, 1.0]])
-    assert selection.kept_neurons(importance, [2]).tolist() == [[0, 2]]
-    assert selection.kept_neurons(importance, [3]).tolist() == [[0, 2, 3]]
+    for importance in ([[3.0, 1.0, 2.0, 1.0]], torch.tensor([[3.0, 1.0, 2.0, 1.0]]), [np.array([3.0, 1.0, 2.0, 1.0])]):
+        for width, expected in ((2, [0, 2]), (3, [0, 2, 3]), (0, [])):
+            assert [row.tolist() for row in selection.kept_neurons(importance, [width])] == [expected]
 
 
 def test_ratio_arithmetic_reproduces_the_published_table_9_computation():
     # LLaMA-2-7B: 32 layers, hidden 4096, intermediate 11008, 6,738,415,616 parameters; 20 % of all is 31.1 % of the neurons.
-    plan = uniform.uniform(32, 11008, 3 * 4096, 6_738_415_616, ratio=0.2)
+    plan = allocations.allocate([Units(11008, 3 * 4096)] * 32, 6_738_415_616, ratio=0.2)
     assert round(100 * plan.neuron_ratio, 1) == 31.1 and abs(plan.achieved_ratio - 0.2) < 1e-4
 
 
@@ -112,7 +114,10 @@ def test_ratio_arithmetic_reproduces_the_published_table_9_computation():
         ({"ratio": 0.2, "neuron_ratio": 0.2}, "exactly one"),
         ({}, "exactly one"),
         ({"neuron_ratio": 0.2, "multiple_of": 41}, "multiple_of"),
-        ({"neuron_ratio": 0.2, "rule": "clever"}, "allocation"),
+        ({"neuron_ratio": 0.2, "allocation": "unifrom"}, "did you mean 'uniform'"),
+        ({"neuron_ratio": 0.2, "allocation": {"uniform": {"floor": 0.1}}}, "no setting 'floor'"),
+        ({"neuron_ratio": 0.2, "allocation": {"global": {"floor": 1.5}}}, "floor 1.5"),
+        ({"neuron_ratio": 0.2, "allocation": "global"}, "needs importance"),
         ({"neuron_ratio": 1e-4}, "removes no neuron"),
     ],
 )
@@ -130,13 +135,40 @@ def test_kept_neurons_of_another_model_are_refused(tiny):
         pruning.narrow(tiny("llama", intermediate_size=30), kept)
 
 
-def test_kept_indices_survive_a_round_trip_and_truncation_is_told(tmp_path):
-    kept, file = torch.tensor([[0, 2], [1, 3]]), tmp_path / "kept.safetensors"
-    pruning.save_kept(kept, file)
-    assert torch.equal(pruning.load_kept(file), kept)
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([3, 3, 5], "repeat"),
+        ([5, 3], "out of order"),
+        ([-1, 3], "neuron -1 of layer 1"),
+        ([0, 40], "neuron 40 of layer 1"),
+        ([0.5, 1.0], "whole numbers"),
+        ([True, False], "whole numbers"),
+        ([[0, 1]], "whole numbers"),
+    ],
+)
+def test_indices_that_would_make_a_wrong_model_are_refused(row, words, tiny, token_windows):
+    model, kept = tiny("llama"), [[0, 1], row, [0]]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for use in (
+        lambda: pruning.narrow(model, kept),
+        lambda: silenced(model, kept),
+        lambda: compensation.least_squares(model, token_windows, kept, progress=False),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("as_path", [str, lambda path: path])
+def test_kept_indices_survive_a_round_trip_and_truncation_is_told(as_path, tmp_path):
+    kept, file = [[0, 2, 5], [], [1]], tmp_path / "kept.safetensors"
+    pruning.save_kept(kept, as_path(file))
+    assert [row.tolist() for row in pruning.load_kept(as_path(file))] == kept
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(UserError, match="truncated"):
-        pruning.load_kept(file)
+        pruning.load_kept(as_path(file))
 
 
 def test_a_full_disk_is_told_in_one_sentence(tmp_path, monkeypatch):
@@ -182,7 +214,9 @@ def test_compensation_is_the_closed_form_optimum(architecture, bias, tiny, token
     model = tiny(architecture, "float64")
     kept = some_kept(model)
     repaired, errors = compensation.least_squares(model, token_windows, kept, bias, ridge=1e-12, progress=False)
-    for mlp, hidden, indices in zip(models.gated_mlps(model), activations(model, token_windows), kept.numpy(), strict=True):
+    for mlp, hidden, indices in zip(
+        models.gated_mlps(model), activations(model, token_windows), map(torch.Tensor.numpy, kept), strict=True
+    ):
         target = hidden @ mlp.down.weight.numpy().T
         inputs = hidden[:, indices]
         if bias:
@@ -204,7 +238,9 @@ def test_compensation_never_rebuilds_its_own_text_worse_than_slicing(ridge, widt
     windows = np.random.default_rng(seed).integers(0, 61, (2, 6))  # fewer tokens than neurons: singular without the ridge
     repaired, errors = compensation.least_squares(model, windows, kept, bias, ridge, progress=False)
     assert (errors["repaired"] <= errors["slicing"] * (1 + 1e-9)).all() and np.isfinite(errors).all(axis=None)
-    for mlp, hidden, indices in zip(models.gated_mlps(model), activations(model, windows), kept.numpy(), strict=True):
+    for mlp, hidden, indices in zip(
+        models.gated_mlps(model), activations(model, windows), map(torch.Tensor.numpy, kept), strict=True
+    ):
         weight = mlp.down.weight.numpy()
         target = hidden @ weight.T
         sliced = np.linalg.norm(target - hidden[:, indices] @ weight[:, indices].T) / np.linalg.norm(target)

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from hfprune_nb import models
 from hfprune_nb.inputs import calibration
 from hfprune_nb.measure import evaluation
-from hfprune_nb.method import pruning, scoring, selection
+from hfprune_nb.method import export, pruning, scoring, selection
 from hfprune_nb.models import loading
 
 pytestmark = pytest.mark.registry
@@ -133,7 +133,7 @@ def test_a_pruned_checkpoint_is_a_plain_transformers_model(dense, text, scores, 
     before = models.count_parameters(model)
     plan = selection.allocate(model, ratio=0.2)
     kept = selection.kept_neurons(torch.from_numpy(scores["entropy"]), plan.width_after)
-    pruning.save_checkpoint(pruning.narrow(model, kept), tokenizer, tmp_path)
+    export.save_checkpoint(pruning.narrow(model, kept), tokenizer, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["intermediate_size"] == plan.width_after[0] < 1536 and "auto_map" not in stored
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, trust_remote_code=False)

@@ -18,7 +18,7 @@ from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import instructions
 from hfprune_nb.inputs.instructions import NO_LOSS, Record, Row
 from hfprune_nb.measure import evaluation
-from hfprune_nb.method import pruning, recovery
+from hfprune_nb.method import export, pruning, recovery
 from hfprune_nb.method.recovery import training
 from hfprune_nb.method.recovery.loss import Objective
 
@@ -279,7 +279,7 @@ def test_what_was_learned_is_applied_again_and_saved_as_a_plain_checkpoint(name,
     tokens = torch.arange(30)[None]
     expected = tuned.model(input_ids=tokens).logits
     assert torch.equal(again(input_ids=tokens).logits, expected)
-    pruning.save_checkpoint(again, tokenizer, tmp_path / "checkpoint")
+    export.save_checkpoint(again, tokenizer, tmp_path / "checkpoint")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=getattr(torch, dtype))
     assert torch.equal(plain(input_ids=tokens).logits, expected) and plain.config.intermediate_size == 40
     results = [file.suffix for folder in ("adapter", ".") for file in (tmp_path / folder).glob("*.*") if file.is_file()]
@@ -455,7 +455,7 @@ def test_the_exported_checkpoint_scores_the_same_through_the_harness_s_command_l
     monkeypatch.setenv("HFPRUNE_HOME", str(project))
     pruning.narrow(network, torch.arange(48).repeat(3, 1))
     tuned = tune(network, tokenizer, tmp_path / "scratch")
-    pruning.save_checkpoint(tuned.model, tokenizer, tmp_path / "checkpoint")
+    export.save_checkpoint(tuned.model, tokenizer, tmp_path / "checkpoint")
     ours, *_ = evaluation.benchmark_items(tuned.model, tokenizer, ["smoke_choice"], "local", 0, 4)
     task = yaml.safe_load((project / "data" / "tasks" / "smoke_choice.yaml").read_text())
     task |= {"task": "exported_choice", "dataset_kwargs": {"data_files": {"test": str(project / "data/smoke/choice.jsonl")}}}

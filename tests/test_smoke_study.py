@@ -132,7 +132,8 @@ def test_the_pruned_models_have_the_requested_size(smoke):
         one_neuron_per_layer = 3 * 3 * 32 / facts["dense_parameters"]
         assert facts["ratio"] == 0.2 and abs(facts["achieved_ratio"] - 0.2) <= one_neuron_per_layer
         kept = load_file(artifact.path("kept.safetensors"))
-        assert [len(kept[f"layers.{layer}"]) for layer in range(3)] == facts["width_after"]
+        assert [len(kept[f"layers.{layer}"]) for layer in range(3)] == facts["widths"]
+        assert facts["loads_with"] == "plain" and facts["allocation"] == facts["allocation_spec"] == "uniform"
 
 
 def test_a_finished_study_does_nothing_and_says_so(smoke):

@@ -1,1 +1,87 @@
-"""Allocations: how many neurons each layer keeps."""
+"""Allocations: how many neurons each layer keeps; one file each, found by their `name`: a new file here is a new allocation.
+
+An allocation turns importance and a budget into widths; it knows no model. Specs name them as those of criteria do: `uniform`,
+or `{global: {floor: 0.1}, as: global_10}`.
+"""
+
+from collections.abc import Iterable
+from fractions import Fraction
+
+from hfprune_nb.allocations.base import Allocation, AllocationRule, Budget, Units
+from hfprune_nb.errors import UserError
+from hfprune_nb.families import Family, Variant
+
+__all__ = ["Allocation", "AllocationRule", "Budget", "Units", "allocate", "check", "create", "names", "variants"]
+
+_FAMILY = Family(__name__, AllocationRule, "allocations")
+
+
+def names() -> list[str]:
+    """Return the names of all allocations, in alphabetical order."""
+    return list(_FAMILY.classes())
+
+
+def create(name: str, **settings) -> AllocationRule:
+    """Return the allocation `name` with `settings`; raise UserError for an unknown name or setting, or a bad value."""
+    return _FAMILY.find(name)(**settings)
+
+
+def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
+    """Return the variants that `specs` name, in their order; errors as `families.Family.variants`."""
+    return _FAMILY.variants(specs)
+
+
+def check(allocation: Variant, criterion: Variant) -> None:
+    """Raise UserError for an allocation that ranks neurons of different layers by scores that cannot be compared."""
+    if allocation.member.needs_comparable and not criterion.member.between_layers:
+        raise UserError(
+            f"allocation '{allocation.name}' ranks neurons of all layers together, and scores of criterion '{criterion.name}' "
+            "are not comparable between layers: choose allocation uniform, or a criterion in units of the model's output."
+        )
+
+
+def allocate(
+    units: list[Units],
+    dense_parameters: int,
+    ratio: float = 0.0,
+    neuron_ratio: float = 0.0,
+    multiple_of: int = 1,
+    allocation: str | dict | Variant = "uniform",
+    importance: list | None = None,
+) -> Allocation:
+    """Spend a pruning ratio on the layers.
+
+    Parameters
+    ----------
+    units : what each layer can lose; dense_parameters : of the whole model, tied embeddings counted once.
+    ratio : fraction of ALL parameters to remove; neuron_ratio : fraction of the neurons to remove. Exactly one is non-zero.
+    multiple_of : kept widths are multiples, at least one, for widths that matrix kernels like.
+    allocation : the spec of one; importance : a tensor (neurons,) for each layer where it needs one, higher = keep.
+
+    Without `multiple_of` the achieved ratio is exact to the neuron, and within half a neuron per layer where all layers shall be
+    equally wide. Raises UserError when the ratio is outside (0, 1), cannot be reached with MLP neurons alone, or rounds to
+    nothing removed, and for an unknown allocation or one that lacks its importance.
+    """
+    (variant,) = variants(allocation)
+    if bool(ratio) == bool(neuron_ratio):
+        raise UserError("ratio, neuron_ratio: give exactly one of the two, and leave the other at 0.")
+    name, value = ("neuron_ratio", neuron_ratio) if neuron_ratio else ("ratio", ratio)
+    if not 0 < value < 1:
+        raise UserError(f"{name} {value} is outside (0, 1): it is the fraction to remove, for example 0.2.")
+    sizes = {unit.parameters for unit in units}
+    if len(sizes) > 1:
+        raise UserError(f"model: a neuron has {min(sizes)} parameters in one layer and {max(sizes)} in another: not supported.")
+    before, requested = [unit.width for unit in units], Fraction(str(value))
+    narrowest = min(width for width in before if width)
+    if not 1 <= multiple_of <= narrowest:
+        raise UserError(f"multiple_of {multiple_of} is outside 1 to {narrowest}, the model's smallest MLP width.")
+    if variant.member.needs_importance and importance is None:
+        raise UserError(f"allocation '{variant.name}' needs importance: score the model first.")
+    keep = sum(before) - requested * (sum(before) if neuron_ratio else Fraction(dense_parameters, units[0].parameters))
+    budget = Budget(keep, multiple_of, f"{name} {value}", dense_parameters)
+    after = variant.create().plan(units, importance, budget)
+    if sum(after) >= sum(before):
+        raise UserError(f"{name} {value} with multiple_of {multiple_of} removes no neuron: raise {name} or lower multiple_of.")
+    return Allocation(
+        variant.name, variant.spec, requested, bool(neuron_ratio), before, after, units[0].parameters, dense_parameters
+    )

@@ -12,7 +12,7 @@ import torch
 from hfprune_nb.cost.flops import forward_flops
 from hfprune_nb.cost.timing import median_interval, synchronise
 from hfprune_nb.errors import UserError
-from hfprune_nb.models import count_parameters
+from hfprune_nb.models import count_parameters, gated_mlps
 from hfprune_nb.progress import bar
 
 CACHES = ("dynamic", "static")
@@ -60,12 +60,12 @@ def compare(
 
 
 def summarise(rows: list[dict], models: dict, prompt_tokens: int) -> list[dict]:
-    """Return one row per model and batch size: medians with intervals, width, parameters, and FLOPs of prefill per sequence."""
+    """Return one row per model and batch size: medians with intervals, largest width, parameters, FLOPs of prefill."""
     summary = []
     for name, model in models.items():
         config = model.config.get_text_config()
         sizes = {
-            "width": config.intermediate_size,
+            "width": max(mlp.width for mlp in gated_mlps(model)),
             "parameters": count_parameters(model),
             "prefill_flops": forward_flops(config, prompt_tokens, prompt_tokens),
         }

@@ -61,8 +61,8 @@ class Contestant:
     backwards: int
 
 
-def hfprune(model, windows: np.ndarray, habits: Habits = Habits(), *, batch_size: int = 4, chunk_size: int = 128) -> torch.Tensor:
-    """Return the entropy importance (layers, neurons) of HFPrune's loop: `sum over tokens of |h * dH/dh|` (Eq. 3 and 4).
+def hfprune(model, windows: np.ndarray, habits: Habits = Habits(), *, batch_size: int = 4, chunk_size: int = 128) -> list:
+    """Return the entropy importance, (neurons,) of each layer, of HFPrune's loop: `sum over tokens of |h * dH/dh|` (Eq. 3 and 4).
 
     H is averaged over the positions of a window. windows : (windows, seq) token ids; batch_size and chunk_size are read where
     the habits of one window and of full logits are off.
@@ -89,17 +89,17 @@ def hfprune(model, windows: np.ndarray, habits: Habits = Habits(), *, batch_size
                 for layer, hidden in watched.items():
                     factors = hidden.detach(), hidden.grad
                     h, gradient = factors if habits.bfloat16_sums else map(_wide, factors)
-                    totals[layer] += (h * gradient).abs().sum(dim=(0, 1)).to(totals.dtype)
+                    totals[layer] += (h * gradient).abs().sum(dim=(0, 1)).to(totals[layer].dtype)
                 watched.clear()
                 _forget(trained)
     finally:
         for hook in hooks:
             hook.remove()
-    return totals.double().cpu()
+    return [total.double().cpu() for total in totals]
 
 
-def llm_pruner(model, windows: np.ndarray, habits: Habits = Habits(), *, chunk_size: int = 128) -> torch.Tensor:
-    """Return the one-hot cross-entropy importance (layers, neurons) in the manner of LLM-Pruner.
+def llm_pruner(model, windows: np.ndarray, habits: Habits = Habits(), *, chunk_size: int = 128) -> list:
+    """Return the one-hot cross-entropy importance, (neurons,) of each layer, in the manner of LLM-Pruner.
 
     Weight-wise, as the engine's with aggregation `weight`; the habit of weight gradients means those of all the model's
     weights, attention and embedding included.
@@ -117,8 +117,8 @@ def sdmprune(
     temperature: float = SDMPRUNE["temperature"],
     first_stage_ratio: float = 0.025,
     chunk_size: int = 128,
-) -> torch.Tensor:
-    """Return the weight-wise importance (layers, neurons) of SDMPrune's two stages.
+) -> list:
+    """Return the weight-wise importance, (neurons,) of each layer, of SDMPrune's two stages.
 
     Cross-entropy scores first remove `first_stage_ratio` of the neurons; then `(1 - alpha) CE + alpha KL(q || p)` to the dense
     teacher, whose logits are divided by `temperature`, scores that student, CE being a mean over the positions with a label and
@@ -130,13 +130,17 @@ def sdmprune(
     def loss(logits, next_tokens, teacher_logits):
         return _distillation(logits, next_tokens, teacher_logits, alpha, temperature, windows.shape[1])
 
-    removed_rank_last = first - first.max() - 1
     if habits.teacher_copy:
         student = narrow(copy.deepcopy(model), kept)
         scores = _weight_loop(student, windows, loss, habits, chunk_size, _mlp_weights(student), teacher=model)
-        return removed_rank_last.scatter(1, kept, scores)
-    scores = _weight_loop(model, windows, loss, habits, chunk_size, _mlp_weights(model), teacher=model, silent=kept)
-    return removed_rank_last.scatter(1, kept, scores.gather(1, kept))
+    else:
+        scores = _weight_loop(model, windows, loss, habits, chunk_size, _mlp_weights(model), teacher=model, silent=kept)
+        scores = [row[indices] for row, indices in zip(scores, kept, strict=True)]
+    lowest = max(row.max() for row in first)
+    found = [row - lowest - 1 for row in first]
+    for row, own, indices in zip(found, scores, kept, strict=True):
+        row[indices] = own
+    return found
 
 
 def contestants(model, windows: np.ndarray, batch_size: int = 0) -> list[Contestant]:
@@ -197,8 +201,8 @@ def in_half_and_in_float64(model, windows: np.ndarray, batch_size: int = 0) -> t
     return tuple(pair)
 
 
-def per_window(model, windows: np.ndarray, progress: bool = True) -> torch.Tensor:
-    """Return what each window adds to the entropy importance, (windows, layers, neurons) in float64."""
+def per_window(model, windows: np.ndarray, progress: bool = True) -> list[torch.Tensor]:
+    """Return what each window adds to the entropy importance, (windows, neurons) of each layer in float64."""
     found = []
     with bar(len(windows), "window", "scoring", enabled=progress) as progress_bar:
         for index in range(len(windows)):
@@ -206,21 +210,20 @@ def per_window(model, windows: np.ndarray, progress: bool = True) -> torch.Tenso
                 score(model, windows[index : index + 1], ["entropy"], batch_size=1, progress=False).importance["entropy"]
             )
             progress_bar.update()
-    return torch.stack(found)
+    return [torch.stack(list(rows)) for rows in zip(*found, strict=True)]
 
 
 def variants(model, ratios: list[float], multiples: list[int] = (1,)) -> tuple[dict, list[dict]]:
     """Return `model` and narrower copies of it by name, and what each is: model, ratio, multiple_of.
 
     A copy has lost a ratio of all parameters, its width a multiple of one of `multiples`; which neurons stay does not matter
-    for speed. Errors as in `allocation.uniform`.
+    for speed. Errors as in `allocations.allocate`.
     """
     models, facts = {"dense": model}, [{"model": "dense", "ratio": 0.0, "multiple_of": 1}]
     for ratio, multiple in itertools.product(ratios, multiples):
         name = f"{100 * ratio:g} %" + (f", multiple of {multiple}" if multiple > 1 else "")
         widths = allocate(model, ratio, multiple_of=multiple).width_after
-        kept = torch.stack([torch.arange(width) for width in widths])
-        models[name] = narrow(copy.deepcopy(model), kept)
+        models[name] = narrow(copy.deepcopy(model), [range(width) for width in widths])
         facts.append({"model": name, "ratio": ratio, "multiple_of": multiple})
     return models, facts
 
@@ -238,9 +241,9 @@ def _weight_loop(model, windows, loss, habits, chunk_size, trained, teacher=None
                 for module in mlp.inputs:
                     product = _product(module.weight, habits)
                     change = change + (product[: mlp.width] + product[mlp.width :] if mlp.fused is not None else product)
-                totals[mlp.layer] += change.abs().mean(dim=1).to(totals.dtype)
+                totals[mlp.layer] += change.abs().mean(dim=1).to(totals[mlp.layer].dtype)
             _forget(trained)
-    return totals.double().cpu()
+    return [total.double().cpu() for total in totals]
 
 
 def _product(weight, habits):
@@ -301,9 +304,8 @@ def _batches(model, windows, size):
 
 
 def _totals(model, habits):
-    mlps = gated_mlps(model)
     dtype = torch.bfloat16 if habits.bfloat16_sums else torch.float64
-    return torch.zeros(len(mlps), mlps[0].width, dtype=dtype, device=mlps[0].down.weight.device)
+    return [torch.zeros(mlp.width, dtype=dtype, device=mlp.down.weight.device) for mlp in gated_mlps(model)]
 
 
 def _mlp_weights(model):

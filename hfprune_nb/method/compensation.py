@@ -13,14 +13,14 @@ import torch
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.method.pruning import check_takes_bias
-from hfprune_nb.models import final_hidden, gated_mlps
+from hfprune_nb.models import final_hidden, gated_mlps, kept_indices
 from hfprune_nb.models.hooks import replaced
 from hfprune_nb.progress import bar
 
 KINDS = ("none", "least_squares", "least_squares_bias")
 
 
-def compensate(kind: str, model, windows: np.ndarray, kept: torch.Tensor, ridge: float = 0.1, progress: bool = True):
+def compensate(kind: str, model, windows: np.ndarray, kept, ridge: float = 0.1, progress: bool = True):
     """Return what `least_squares` does for the `kind` of compensation, nothing and an empty table for `none`.
 
     Raises UserError for an unknown kind.
@@ -35,7 +35,7 @@ def compensate(kind: str, model, windows: np.ndarray, kept: torch.Tensor, ridge:
 def least_squares(
     model,
     windows: np.ndarray,
-    kept: torch.Tensor,
+    kept,
     bias: bool = False,
     ridge: float = 0.1,
     batch_size: int = 4,
@@ -43,7 +43,7 @@ def least_squares(
 ) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
     """Solve the repair of every layer of the dense `model` in float64 normal equations.
 
-    windows : (windows, seq) token ids of calibration text; kept : (layers, neurons kept) indices; bias : also fit b, which only
+    windows : (windows, seq) token ids of calibration text; kept : ascending indices for each layer; bias : also fit b, which only
     architectures with MLP biases can save. Memory: layers * intermediate_size^2 * 8 bytes beside the model.
 
     Returns the weights for `pruning.repair` in the model's dtype, and one row per layer: tokens, and the error of the layer's
@@ -52,14 +52,16 @@ def least_squares(
     """
     if ridge <= 0:
         raise UserError(f"ridge {ridge} must be greater than 0: with fewer tokens than neurons the equations are singular.")
-    if np.ndim(windows) != 2 or np.size(windows) == 0:
+    windows = np.asarray(windows)
+    if windows.ndim != 2 or windows.size == 0:
         raise UserError("compensation: it reads calibration text, so give at least one window.")
     if bias:
         check_takes_bias(model)
+    mlps = gated_mlps(model)
+    kept = kept_indices(mlps, kept)
     products, sums = _moments(model, windows, batch_size, progress)
     weights, rows = {}, []
-    for mlp, product, total, indices in zip(gated_mlps(model), products, sums, kept, strict=True):
-        indices = indices.to(product.device)
+    for mlp, product, total, indices in zip(mlps, products, sums, kept, strict=True):
         gone = torch.ones(mlp.width, dtype=torch.bool, device=product.device)
         gone[indices] = False
         gone = gone.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""From importance to a narrower model that any transformers installation loads."""
+"""From kept neurons to a narrower model."""
 
 from pathlib import Path
 
@@ -6,36 +6,28 @@ import torch
 from torch import nn
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.files import full_disk_in_one_sentence, load_tensors, save_tensors
-from hfprune_nb.models import gated_mlps
+from hfprune_nb.files import load_tensors, save_tensors
+from hfprune_nb.models import gated_mlps, kept_indices
+from hfprune_nb.models.modeling_per_layer import set_widths
 
 
-def narrow(model, kept: torch.Tensor):
-    """Remove, in place, all neurons but `kept` (layers, neurons kept) from every gated MLP, and return the model.
+def narrow(model, kept):
+    """Remove, in place, all neurons but `kept` from every gated MLP, and return the model.
 
-    The configuration's `intermediate_size` follows, so that `save_pretrained` writes a plain checkpoint.
+    kept : ascending indices for each layer, as tensors or lists; layers may keep different numbers. The configuration follows:
+    `intermediate_size` where all layers are equally wide, so that `save_pretrained` writes a plain checkpoint, otherwise
+    `per_layer_config`. Raises UserError for indices that do not fit the model, repeat, or are out of order.
     """
     mlps = gated_mlps(model)
-    if len(kept) != len(mlps):
-        raise UserError(
-            f"kept: indices for {len(kept)} layers do not fit the {len(mlps)} layers: prune the model that was scored."
-        )
-    for mlp, indices in zip(mlps, kept, strict=True):
-        if int(indices.max()) >= mlp.width:
-            raise UserError(
-                f"kept: neuron {int(indices.max())} of layer {mlp.layer} does not exist with intermediate_size {mlp.width}: "
-                "prune the model that was scored."
-            )
-        indices = indices.to(mlp.down.weight.device)
+    for mlp, indices in zip(mlps, kept_indices(mlps, kept), strict=True):
         rows = torch.cat([indices, indices + mlp.width]) if mlp.fused is not None else indices
         for module in mlp.inputs:
             _take(module, rows, dimension=0)
         _take(mlp.down, indices, dimension=1)
-    config = model.config.get_text_config()
-    config.intermediate_size = kept.shape[1]
-    for layer in model.get_decoder().layers:
+    set_widths(model.config.get_text_config(), [mlp.width for mlp in mlps])
+    for mlp, layer in zip(mlps, model.get_decoder().layers, strict=True):
         if hasattr(layer.mlp, "intermediate_size"):
-            layer.mlp.intermediate_size = kept.shape[1]
+            layer.mlp.intermediate_size = mlp.width
     return model
 
 
@@ -73,7 +65,7 @@ def check_takes_bias(model) -> None:
         )
 
 
-def rebuild(model, folder: Path):
+def rebuild(model, folder: str | Path):
     """Make `model`, the dense one, in place, the model that a finished pruning stage wrote into `folder`, and return it.
 
     Reads kept.safetensors and, where the neurons left were repaired, repaired.safetensors. Raises UserError for files that are
@@ -85,22 +77,15 @@ def rebuild(model, folder: Path):
     return repair(model, load_tensors(repaired)) if repaired.is_file() else model
 
 
-def save_checkpoint(model, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer as a plain transformers checkpoint; raise UserError when the disk is full."""
-    with full_disk_in_one_sentence(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+def save_kept(kept, file: str | Path) -> None:
+    """Write kept indices, one list or tensor for each layer, as safetensors: int64 tensors `layers.<l>`."""
+    save_tensors({f"layers.{layer}": torch.as_tensor(row, dtype=torch.int64) for layer, row in enumerate(kept)}, file)
 
 
-def save_kept(kept: torch.Tensor, file: Path) -> None:
-    """Write kept indices (layers, neurons kept) as safetensors, one int64 tensor `layers.<l>` per layer."""
-    save_tensors({f"layers.{layer}": row for layer, row in enumerate(kept)}, file)
-
-
-def load_kept(file: Path) -> torch.Tensor:
-    """Read what `save_kept` wrote; raise UserError for a missing or truncated file."""
+def load_kept(file: str | Path) -> list[torch.Tensor]:
+    """Read what `save_kept` wrote, one tensor for each layer; raise UserError for a missing or truncated file."""
     tensors = load_tensors(file)
-    return torch.stack([tensors[f"layers.{layer}"] for layer in range(len(tensors))])
+    return [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
 
 
 def _take(module: nn.Linear, indices: torch.Tensor, dimension: int) -> None:

@@ -8,13 +8,14 @@ from hfprune_nb.models.loading import (
     TINY,
     aliases,
     configuration,
+    from_pretrained,
     load,
     notes,
     resolve_device,
     resolve_dtype,
     tokenizer,
 )
-from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps
+from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices
 
 __all__ = [
     "ATTENTIONS",
@@ -29,8 +30,10 @@ __all__ = [
     "context_length",
     "count_parameters",
     "final_hidden",
+    "from_pretrained",
     "gated_mlps",
     "head",
+    "kept_indices",
     "load",
     "matmul_precision",
     "notes",

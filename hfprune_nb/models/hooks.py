@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from hfprune_nb.models.units import gated_mlps
+from hfprune_nb.models.units import gated_mlps, kept_indices
 
 
 @contextlib.contextmanager
@@ -38,11 +38,11 @@ def factored(model, replace):
         yield
 
 
-def silenced(model, kept: torch.Tensor):
-    """Return a context in which all neurons but `kept`, (layers, neurons kept) indices, are zero; shapes stay as they are."""
-    masks = []
-    for mlp, indices in zip(gated_mlps(model), kept, strict=True):
+def silenced(model, kept):
+    """Return a context in which all neurons but `kept`, ascending indices for each layer, are zero; shapes stay as they are."""
+    mlps, masks = gated_mlps(model), []
+    for mlp, indices in zip(mlps, kept_indices(mlps, kept), strict=True):
         mask = torch.zeros(mlp.width, dtype=mlp.down.weight.dtype, device=mlp.down.weight.device)
-        mask[indices.to(mask.device)] = 1
+        mask[indices] = 1
         masks.append(mask)
     return replaced(model, lambda layer, hidden: hidden * masks[layer])

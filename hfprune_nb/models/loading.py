@@ -12,6 +12,7 @@ from filelock import FileLock
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import hub
+from hfprune_nb.models.per_layer import model_class
 from hfprune_nb.models.units import GatedMLP
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -72,11 +73,9 @@ def load(name: str, dtype: str = "bfloat16", device: str = "auto", trust_remote_
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     _check_attention(attention, torch_device)
     source = _source(name)
-    from transformers import AutoModelForCausalLM
-
     placement = {"device_map": "auto"} if device == "balanced" else {}
     with _one_sentence(name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = from_pretrained(
             source, dtype=torch_dtype, trust_remote_code=trust_remote_code, attn_implementation=attention, **placement
         )
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -87,6 +86,17 @@ def load(name: str, dtype: str = "bfloat16", device: str = "auto", trust_remote_
         model.to(torch_device)
     model.eval().requires_grad_(False)
     return model, _load_tokenizer(name, source, trust_remote_code)
+
+
+def from_pretrained(folder: str | Path, **settings):
+    """Load a causal language model as `AutoModelForCausalLM.from_pretrained` does, also one with a width per layer.
+
+    folder : a checkpoint; settings : those of `from_pretrained`. Returns the model in evaluation mode, in the dtype of the
+    checkpoint unless `dtype` says otherwise. Raises UserError with transformers' reason when it cannot be loaded.
+    """
+    with _one_sentence(str(folder)):
+        shared = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
+        return model_class(folder, **shared).from_pretrained(folder, **settings)
 
 
 def tokenizer(name: str, trust_remote_code: bool = False):

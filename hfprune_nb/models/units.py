@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from hfprune_nb.errors import UserError
@@ -62,4 +63,32 @@ def gated_mlps(model: nn.Module) -> list[GatedMLP]:
                 f"model: {architecture} is not supported: layer {index} has no gated MLP (looked for linear modules "
                 "`mlp.down_proj` with `mlp.gate_proj` and `mlp.up_proj`, or with a fused `mlp.gate_up_proj`)."
             )
+    return found
+
+
+def kept_indices(mlps: list[GatedMLP], kept) -> list[torch.Tensor]:
+    """Return the kept neurons of each layer as int64 tensors on its device, after a check.
+
+    kept : for each layer ascending indices, as a tensor, an array or a list. Raises UserError for another number of layers, and
+    for indices that repeat, are out of order, or are no neuron of their layer.
+    """
+    if len(kept) != len(mlps):
+        raise UserError(
+            f"kept: indices for {len(kept)} layers do not fit the {len(mlps)} layers: prune the model that was scored."
+        )
+    found = []
+    for mlp, row in zip(mlps, kept, strict=True):
+        indices = torch.as_tensor(row if len(row) else [], dtype=None if len(row) else torch.int64)
+        if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise UserError(f"kept: layer {mlp.layer} has no list of whole numbers: give the indices of the neurons that stay.")
+        indices = indices.to(mlp.down.weight.device, torch.int64)
+        if (indices.diff() <= 0).any():
+            raise UserError(f"kept: neurons of layer {mlp.layer} repeat or are out of order: give each once, ascending.")
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < mlp.width:
+            wrong = int(indices[0]) if indices[0] < 0 else int(indices[-1])
+            raise UserError(
+                f"kept: neuron {wrong} of layer {mlp.layer} does not exist with intermediate_size {mlp.width}: prune the model "
+                "that was scored."
+            )
+        found.append(indices)
     return found

@@ -23,7 +23,7 @@ class Contributions:
     """Computes, for a batch, the importance that each window adds under each criterion of `group`.
 
     model_head : of `model`, as `models.head` gives it.
-    student : indices (layers, neurons kept) of the neurons that are left, or None for the dense model. Teacher and student are
+    student : for each layer the indices of the neurons that are left, or None for the dense model. Teacher and student are
         the same weights, the student with the other neurons silenced; the teacher is known by its final hidden states, and its
         logits exist for one chunk of positions at a time: for the vocabulary they would take 50 to 250 times the memory.
     checkpointing : keep each layer's input only and compute the layer again when its gradient is needed.

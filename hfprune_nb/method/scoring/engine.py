@@ -272,7 +272,7 @@ class _Pass:
             batch_size=self.batch_size,
             place=[self.rank, self.processes],
             criteria=[[type(criterion).__name__, vars(criterion)] for criterion in group],
-            student=None if student is None else hashlib.sha256(student.numpy().tobytes()).hexdigest(),
+            student=None if student is None else hashlib.sha256(b"".join(row.numpy().tobytes() for row in student)).hexdigest(),
             attention=self.model.config._attn_implementation,
             device=str(self.model.get_input_embeddings().weight.device),
         )
@@ -323,5 +323,8 @@ def _weight_importance(mlps, criterion, seed):
 
 def _rank_last(scores, kept, first_stage):
     """Give neurons outside `kept` negative scores in the order of `first_stage`, below every neuron that was kept."""
-    removed = torch.ones_like(scores, dtype=torch.bool).scatter_(1, kept, False)
-    return torch.where(removed, first_stage - first_stage.max() - 1, scores)
+    lowest = max(row.max() for row in first_stage)
+    rows = [row - lowest - 1 for row in first_stage]
+    for row, own, indices in zip(rows, scores, kept, strict=True):
+        row[indices] = own[indices]
+    return torch.stack(rows)
