@@ -1,0 +1,85 @@
+"""Every criterion with every allocation in every supported architecture: the same model silenced, cut, written and read."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from transformers import AutoModelForCausalLM
+
+import hfprune_nb
+from hfprune_nb import allocations, criteria, models
+from hfprune_nb.errors import UserError
+from hfprune_nb.method import export, pruning, scoring, selection
+from hfprune_nb.models.hooks import silenced
+
+RATIO = 0.3
+ALLOCATIONS = [*allocations.names(), {"global": {"floor": 0.5}, "as": "global_50"}]
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+class NoTokenizer:
+    """Stands in where only the model's files matter."""
+
+    def save_pretrained(self, folder):
+        pass
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+def importance(model, windows):
+    """Every criterion's importance, made comparable between layers only where it says so."""
+    return scoring.score(model, windows, criteria.names(), progress=False).importance
+
+
+def comparable(name):
+    (variant,) = criteria.variants(name)
+    return variant.criterion.between_layers
+
+
+def plans(model, scores):
+    """Yield every allocation that goes with every criterion: (criterion, its spec, widths' allocation, kept)."""
+    for name, rows in scores.items():
+        for spec in ALLOCATIONS:
+            (variant,) = allocations.variants(spec)
+            if variant.member.needs_comparable and not comparable(name):
+                with pytest.raises(UserError, match=f"scores of criterion '{name}' are not comparable"):
+                    selection.allocate(model, neuron_ratio=RATIO, allocation=spec, importance=rows, criterion=name)
+                continue
+            plan = selection.allocate(model, neuron_ratio=RATIO, allocation=spec, importance=rows, criterion=name)
+            yield name, variant.name, plan, selection.kept_neurons(rows, plan.width_after)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_silenced_cut_written_and_read_are_one_model(architecture, tiny, token_windows, tmp_path):
+    dense = tiny(architecture, intermediate_size=41)  # of which the ratio is no whole number
+    seen = set()
+    for name, allocation, plan, kept in plans(dense, importance(dense, token_windows[:3])):
+        total = sum(plan.width_before)
+        if allocation == "uniform":
+            assert len(set(plan.width_after)) == 1 and abs(plan.missed_neurons) <= 0.5 * len(plan.width_after)
+        else:
+            assert sum(plan.width_after) == round((1 - RATIO) * total), "exact to the neuron"
+        assert [len(row) for row in kept] == plan.width_after
+        with silenced(dense, kept):
+            expected = logits(dense)
+        narrow = pruning.narrow(copy.deepcopy(dense), kept)
+        torch.testing.assert_close(logits(narrow), expected, rtol=1e-4, atol=1e-5)
+        assert models.count_parameters(narrow) == plan.parameters
+        if allocation in seen:
+            continue
+        seen.add(allocation)
+        folder = tmp_path / allocation
+        export.save_checkpoint(narrow, NoTokenizer(), folder / "own")
+        assert torch.equal(logits(hfprune_nb.load(folder / "own")), logits(narrow)), (name, allocation)
+        remote = AutoModelForCausalLM.from_pretrained(folder / "own", trust_remote_code=allocation != "uniform")
+        assert torch.equal(logits(remote), logits(narrow))
+        assert [mlp.width for mlp in models.gated_mlps(remote)] == plan.width_after
+        export.save_checkpoint(narrow, NoTokenizer(), folder / "padded", padded=True)
+        padded = AutoModelForCausalLM.from_pretrained(folder / "padded")
+        assert type(padded) is type(dense) and padded.config.intermediate_size == max(plan.width_after)
+        torch.testing.assert_close(logits(padded), logits(narrow), rtol=1e-5, atol=1e-6)
+    assert {"uniform", "global", "global_50"} <= seen
