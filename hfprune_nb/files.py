@@ -54,6 +54,16 @@ def write_json(path: Path, value) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def claim(scratch: Path, settings: dict) -> None:
+    """Write down whose unfinished work the folder `scratch` keeps; raise UserError where it keeps that of other settings."""
+    file = scratch / "settings.json"
+    found = read_json(file) if file.is_file() else settings
+    if other := [name for name, value in settings.items() if found.get(name) != value]:
+        raise UserError(f"scratch {scratch} keeps work of another run ({', '.join(other)} differ): delete it or name another.")
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:

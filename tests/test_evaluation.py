@@ -394,6 +394,9 @@ def test_an_evaluation_goes_on_with_the_next_task(tiny_alias, two_tasks, monkeyp
     undisturbed.to_parquet(tmp_path / "one")
     resumed.to_parquet(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    for changes in ({"limit": 5}, {"bos": True}):
+        with pytest.raises(UserError, match=f"keeps work of another run .{next(iter(changes))} differ"):
+            evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments | changes, scratch=tmp_path)
 
 
 def test_a_task_does_not_depend_on_its_company(tiny_alias, two_tasks):

@@ -361,9 +361,9 @@ def test_the_micro_batch_changes_the_draws_of_dropout_and_nothing_else(tokenizer
 )
 def test_checkpoints_of_another_training_are_not_resumed(network, tokenizer, tmp_path, changes, told):
     tune(network, tokenizer, tmp_path, steps=3)
-    with pytest.raises(UserError, match=f"holds another training .{told}.* differ.: delete it or give another folder"):
+    with pytest.raises(UserError, match=f"keeps work of another run .{told}.* differ.: delete it or name another"):
         tune(models.load(models.TINY, "float32", "cpu")[0], tokenizer, tmp_path, **{"steps": 3} | changes)
-    with pytest.raises(UserError, match="holds another training .model differ"):
+    with pytest.raises(UserError, match="keeps work of another run .model differ"):
         tune(network, tokenizer, tmp_path, steps=3)  # which was tuned in place
 
 

@@ -14,11 +14,12 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import claim
 from hfprune_nb.inputs import assets, hub, tokenization
 from hfprune_nb.measure import fidelity
 from hfprune_nb.measure.harness import SharedPrefixLM
 from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric, skipped
-from hfprune_nb.models import Head, check_context, check_tokens, context_length, final_hidden, head
+from hfprune_nb.models import Head, check_context, check_tokens, context_length, final_hidden, head, weights_digest
 from hfprune_nb.progress import bar
 
 ITEM_COLUMNS = ["task", "doc_id", "doc_hash", "metric", "value"]
@@ -119,7 +120,8 @@ def benchmark_items(
     finished tasks are kept, so that a run with the same arguments that was killed goes on with the next task. In a
     `torch.distributed` process group each process answers every n-th item, and only the first gets and keeps them all. Returns
     one row per item and metric (task, doc_id, doc_hash, metric, value), the protocol of each task (metric, shots, version,
-    number of items in all, source), and a sentence for each skipped task. Raises UserError for an unknown task or metric.
+    number of items in all, source), and a sentence for each skipped task. Raises UserError for an unknown task or metric, and a
+    scratch folder of another run.
     """
     _check_positive(batch_size=batch_size)
     if limit < 0:
@@ -130,8 +132,12 @@ def benchmark_items(
     language_model = SharedPrefixLM(
         model, tokenizer, batch_size, min(max_length, context_length(model.config) or max_length), bos
     )
+    chosen = load_tasks(names, source)
+    if scratch and chosen and language_model.rank == 0:
+        settings = {"source": source, "limit": limit, "batch_size": batch_size, "bos": bos, "max_length": max_length}
+        claim(scratch, settings | {"dtype": str(model.dtype), "model": weights_digest(model)})
     frames, protocol = [], {}
-    for name, task in load_tasks(names, source).items():
+    for name, task in chosen.items():
         kept = scratch / f"{name}.parquet" if scratch else None
         if kept and kept.is_file():
             items = pd.read_parquet(kept)

@@ -15,7 +15,7 @@ from hfprune_nb.models.loading import (
     resolve_dtype,
     tokenizer,
 )
-from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices
+from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices, weights_digest
 
 __all__ = [
     "ATTENTIONS",
@@ -40,4 +40,5 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "tokenizer",
+    "weights_digest",
 ]

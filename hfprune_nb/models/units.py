@@ -1,6 +1,7 @@
 """What can be removed from a model: the neurons of its gated MLPs."""
 
 import dataclasses
+import hashlib
 
 import torch
 from torch import nn
@@ -11,6 +12,15 @@ from hfprune_nb.errors import UserError
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters, a tensor shared by two modules (tied embeddings) counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return 16 hex digits that tell models of other weights apart: a hash of some 64 evenly spaced numbers of each tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].cpu().contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

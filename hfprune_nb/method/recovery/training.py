@@ -24,11 +24,11 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.files import load_tensors, read_json, save_tensors, write_json
+from hfprune_nb.files import claim, load_tensors, save_tensors
 from hfprune_nb.inputs import instructions, tokenization
 from hfprune_nb.method.recovery.loss import Objective
 from hfprune_nb.method.recovery.recipes import Recipe
-from hfprune_nb.models import check_tokens, context_length, count_parameters, head
+from hfprune_nb.models import check_tokens, context_length, count_parameters, head, weights_digest
 from hfprune_nb.progress import bar
 
 SAVE_EVERY = 100  # optimizer steps that a kill can lose at most
@@ -106,7 +106,7 @@ def recover(
     total_steps = max_steps or math.ceil(math.ceil(len(rows) / chosen.rows_per_step) * chosen.epochs)
     settings = dataclasses.asdict(chosen) | {"steps": total_steps, "micro_batch": micro_batch, "distillation": distillation}
     settings |= {"temperature": temperature, "measurements": measurements, "seed": seed, "dtype": str(dtype)}
-    _claim(Path(scratch), settings | {"model": _model_digest(model), "data": _rows_digest(rows + held_out_rows)})
+    claim(Path(scratch), settings | {"model": weights_digest(model), "data": _rows_digest(rows + held_out_rows)})
     # A process-wide generator draws dropout and adapters: the caller's state comes back afterwards.
     with torch.random.fork_rng():
         set_seed(seed)
@@ -303,28 +303,6 @@ def _harvest(model, adapted, dtype) -> tuple[dict[str, torch.Tensor], dict | Non
         adapted.merge_and_unload()
     model.eval().requires_grad_(False)
     return weights, configuration
-
-
-def _claim(scratch: Path, settings: dict) -> None:
-    """Write down whose checkpoints lie in `scratch`; raise UserError where those of another training do."""
-    file = scratch / "settings.json"
-    found = read_json(file) if file.is_file() else {}
-    if any(scratch.glob("checkpoint-*")) and found != settings:
-        other = [name for name, value in settings.items() if found.get(name) != value]
-        raise UserError(
-            f"scratch {scratch} holds another training ({', '.join(other)} differ): delete it or give another folder."
-        )
-    scratch.mkdir(parents=True, exist_ok=True)
-    write_json(file, settings)
-
-
-def _model_digest(model) -> str:
-    """Return a hash of where each weight begins: enough to tell one pruned or tuned model from another."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        beginning = parameter.detach().flatten()[:64].cpu().contiguous().view(torch.uint8)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + beginning.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _rows_digest(rows: list[instructions.Row]) -> str:
