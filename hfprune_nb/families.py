@@ -84,8 +84,8 @@ class Member:
         owner = f"{cls.noun} '{cls.name}'"
         for name in settings:
             if name not in cls.settings:
-                known = f"Its settings are {', '.join(cls.settings)}." if cls.settings else "It has none."
-                raise UserError(f"{owner} has no setting '{name}': {_near(name, cls.settings)}{known}")
+                known = f"its settings are {', '.join(cls.settings)}." if cls.settings else "it has none."
+                raise UserError(f"{owner} has no setting '{name}': {_near(name, cls.settings).strip() or known}")
         given = {name: setting.default for name, setting in cls.settings.items()} | settings
         return {name: setting.check(owner, name, given[name]) for name, setting in cls.settings.items()}
 
@@ -175,7 +175,7 @@ class Family:
         chosen = [name for name in mapping if name != "as"] if isinstance(mapping, dict) else []
         if len(chosen) != 1 or not isinstance(mapping[chosen[0]] or {}, dict):
             raise UserError(
-                f"{self.plural}: {spec!r} names no {self.base.noun}: write NAME, or {{NAME: {{setting: value}}, as: NAME}}."
+                f"{self.plural}: {spec!r} is no {self.base.noun}: write NAME, or {{NAME: {{setting: value}}, as: NAME}}."
             )
         member, name = self.find(chosen[0]), mapping.get("as", chosen[0])
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):

@@ -5,7 +5,7 @@ Everything is exact: ratios are fractions, and widths add up to the budget to th
 
 import bisect
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import ClassVar
@@ -80,7 +80,7 @@ def _shifted(wished: list[Fraction], total: int, least: list[int], most: list[in
     return bounded(left + (right - left) * (total - low) / (high - low))
 
 
-class AllocationRule(Member):
+class AllocationRule(Member, ABC):
     """A rule that says how many neurons each layer keeps.
 
     needs_importance : whether it looks at the neurons' importance; needs_comparable : whether that must be comparable between

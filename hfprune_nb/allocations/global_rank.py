@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from fractions import Fraction
-from typing import ClassVar
 
 from hfprune_nb.allocations.base import AllocationRule
 from hfprune_nb.families import Setting
@@ -19,10 +18,9 @@ class Global(AllocationRule):
     label = "Global"
     source = "one ranking over all layers, as in FLAP and GISP"
     needs_importance = needs_comparable = True
-    settings: ClassVar = {"floor": Setting(0.0, "the fraction of its neurons that each layer keeps in any case", low=0, high=1)}
+    settings = {"floor": Setting(0.0, "the fraction of its neurons that each layer keeps in any case", low=0, high=1)}
 
     def plan(self, units, importance, budget):
-        """Take the least important neurons above all floors, then round to multiples where they are asked for."""
         least = [max(1, math.ceil(Fraction(str(self.floor)) * unit.width)) for unit in units]
         free = round(budget.keep) - sum(least)
         if free < 0:

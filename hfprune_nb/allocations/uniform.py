@@ -15,7 +15,6 @@ class Uniform(AllocationRule):
     rank = 0
 
     def plan(self, units, importance, budget):
-        """Take the nearest common width, or the same fraction of layers that differ."""
         width, step = units[0].width, budget.multiple_of
         if any(unit.width != width for unit in units):
             share = budget.keep / sum(unit.width for unit in units)

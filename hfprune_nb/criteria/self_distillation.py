@@ -1,6 +1,7 @@
 """Self-distillation: the divergence of a slightly pruned student from the dense model (SDMPrune)."""
 
-from hfprune_nb.criteria.base import LogitCriterion, Passes, Setting
+from hfprune_nb.criteria.base import LogitCriterion, Passes
+from hfprune_nb.families import Setting
 
 
 class SelfDistillation(LogitCriterion):
