@@ -160,6 +160,8 @@ def test_lines_are_documents_without_blank_lines(tmp_path):
         ({"seq_len": 1}, "seq_len=1 is too small"),
         ({"seed": -1}, "seed=-1 is too small"),
         ({"corpus": "task-prompts"}, "corpus 'task-prompts' is for evaluation only: calibrate on other text"),
+        ({"chat_template": True}, "corpus 'data/smoke/corpus.txt' holds plain text and no conversations"),
+        ({"corpus": "c4", "chat_template": True}, "corpus 'c4' holds plain text and no conversations"),
         ({"split": "test"}, "split='test' is unknown: choose one of calibration, evaluation"),
     ],
 )

@@ -76,6 +76,9 @@ def test_a_task_of_ones_own_is_read_as_any_file_is(tmp_path, monkeypatch, packin
     file.write_text(json.dumps(asked[0]) + "\n" + json.dumps(asked[1] | {"answer": "none"}))
     with pytest.raises(UserError, match="task records .* a field that is not of one kind"):
         tasks.load_tasks(["own"])
+    (tmp_path / "data" / "tasks" / "bare.yaml").write_text(stock.replace(f"test: ../records.{packing}", f"../records.{packing}"))
+    with pytest.raises(UserError, match="task file .*bare.yaml lacks dataset_kwargs.data_files: give a file of records"):
+        tasks.load_tasks(["bare"])
     file.write_bytes(b'{"question": "caf\xe9"}')
     with pytest.raises(UserError, match="task records .* line 1 is not UTF-8"):
         tasks.load_tasks(["own"])

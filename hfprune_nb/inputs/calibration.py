@@ -27,6 +27,7 @@ from hfprune_nb.inputs import assets, benchmarks, chat, tokenization
 
 SPLITS = ("calibration", "evaluation")
 TASK_PROMPTS = "task-prompts"
+TEXT_CORPORA = ("c4", "c4-sample", "wikitext", TASK_PROMPTS)
 LOCAL_SUFFIXES = (".txt", *text_files.RECORD_SUFFIXES)
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
@@ -114,6 +115,8 @@ def documents(
     corpus, passed_over = str(corpus), Counter() if passed_over is None else passed_over
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
+    if chat_tokenizer is not None and (corpus in TEXT_CORPORA or text_files.suffix(corpus) == ".txt"):
+        raise UserError(f"corpus {corpus!r} holds plain text and no conversations: set chat_template=False")
     if corpus == "c4":
         return _texts(
             _from_hub("allenai/c4:en", {"calibration": "train", "evaluation": "validation"}[split], seed), "text", "corpus c4"

@@ -1,5 +1,7 @@
 """Text -> token ids, in one way for windows, tasks, sample prompts and tuning: BOS as asked, and text that stays text."""
 
+import itertools
+
 from hfprune_nb.errors import UserError
 
 AUTO = "auto"
@@ -13,8 +15,8 @@ def prefix(tokenizer, bos: bool | str = AUTO) -> list[int]:
     to put.
     """
     if bos == AUTO:
-        whole, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
-        return whole[: next(start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)]
+        special = set(tokenizer.all_special_ids)
+        return list(itertools.takewhile(special.__contains__, tokenizer("a")["input_ids"]))
     if not isinstance(bos, bool):
         raise UserError(f"bos={bos!r} is unknown: choose auto, true or false")
     if bos and tokenizer.bos_token_id is None:

@@ -133,9 +133,13 @@ def _local_task(name: str) -> LocalTask:
         stock = load_yaml(_harness_file(name))
         config = {**stock, **absent, "task": name, "dataset_path": "parquet", "dataset_name": None}
     else:
-        config = load_yaml(_own_folder() / f"{name}.yaml")
-        # Paths in a task file of ours are relative to that file.
-        files = {split: str(_own_folder() / file) for split, file in config["dataset_kwargs"]["data_files"].items()}
+        own = _own_folder() / f"{name}.yaml"
+        config = load_yaml(own)
+        try:
+            # Paths in a task file of ours are relative to that file.
+            files = {split: str(_own_folder() / file) for split, file in config["dataset_kwargs"]["data_files"].items()}
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"task file {own} lacks dataset_kwargs.data_files: give a file of records for each split") from error
     return LocalTask(config={**config, "dataset_kwargs": {"data_files": files}})
 
 
