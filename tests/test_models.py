@@ -1,5 +1,7 @@
 """Loading by alias, folder and GGUF file; what cannot be loaded is told in one sentence."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_tiny_alias_is_deterministic_and_cached(own_cache, monkeypatch):
     first, tokenizer = models.load(models.TINY, dtype="float32", device="cpu")
-    monkeypatch.setattr(loading, "_write_tiny", lambda folder: pytest.fail("written twice"))
+    monkeypatch.setattr(loading.tiny, "write", lambda folder: pytest.fail("written twice"))
     second, _ = models.load(models.TINY, dtype="float32", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in first.parameters()) and not first.training
@@ -112,6 +114,52 @@ def test_a_missing_tokenizer_is_named(own_cache, tiny):
         assert "\n" not in str(caught.value)
 
 
+def test_paths_and_torch_objects_are_taken_as_names(own_cache):
+    model, _ = models.load(Path(loading._source(models.TINY)), dtype=torch.float16, device=torch.device("cpu"))
+    assert model.dtype == torch.float16
+    assert models.notes(Path("anything")) == []
+
+
+def test_a_whole_cache_is_only_read(own_cache, monkeypatch):
+    """It may be another user's: no lock is taken, no folder made."""
+    models.load(models.TINY, device="cpu")
+    monkeypatch.setattr(loading, "FileLock", lambda file: pytest.fail("locked"))
+    monkeypatch.setattr(loading.Path, "mkdir", lambda *_, **__: pytest.fail("a folder was made"))
+    models.load(models.TINY, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:", "cuda:x", "cuda:99", "GPU 0"])
+def test_a_device_that_is_none_is_told_at_once(device):
+    with pytest.raises(UserError, match="choose"):
+        models.resolve_device(device)
+
+
+def test_one_part_of_a_gguf_model_is_refused(own_cache):
+    (own_cache / "big-00001-of-00003.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="is part 1 of 3 of a GGUF model: join the parts"):
+        models.load(own_cache / "big-00001-of-00003.gguf", device="cpu")
+
+
+def test_what_another_library_says_is_kept_to_its_end():
+    error = RuntimeError("Error(s) in loading:\n\tsize mismatch for model.norm.weight\n" + "x" * 9000)
+    assert "loading: size mismatch for model.norm.weight" in loading._reason(error) and len(loading._reason(error)) < 1000
+    assert loading._reason(KeyError()) == "KeyError"
+
+
+def test_a_model_without_sdpa_takes_eager_attention_and_says_so(own_cache, caplog):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    model = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=384, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=8)
+    )  # fmt: skip
+    model.save_pretrained(own_cache / "gemma2")
+    models.tokenizer(models.TINY).save_pretrained(own_cache / "gemma2")
+    loaded, _ = models.load(own_cache / "gemma2", device="cpu")
+    assert loaded.config._attn_implementation == "eager"
+    assert "does not run with attention: sdpa, so it runs with eager" in caplog.text
+
+
 def test_a_failed_conversion_leaves_nothing_behind(own_cache):
     (own_cache / "broken.gguf").write_bytes(b"GGUF not really")
     with pytest.raises(UserError):
@@ -154,7 +202,8 @@ def test_a_balanced_model_is_spread_by_accelerate_and_scores_the_same(own_cache,
         asked.append(device_map)
         places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
         places |= {f"model.layers.{layer}": "cpu" for layer in range(3)}
-        return dispatch_model(original(*arguments, **rest), places, force_hooks=True)
+        model, report = original(*arguments, **rest)
+        return dispatch_model(model, places, force_hooks=True), report
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     spread, _ = models.load(models.TINY, dtype="float32", device="balanced")
@@ -169,9 +218,12 @@ def test_a_model_larger_than_the_gpus_is_told_in_one_sentence(own_cache, monkeyp
     from transformers import AutoModelForCausalLM
 
     original = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *arguments, device_map, **rest: original(*arguments, **rest).to("meta")
-    )
+
+    def from_pretrained(*arguments, device_map, **rest):
+        model, report = original(*arguments, **rest)
+        return model.to("meta"), report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(UserError, match="the GPUs cannot hold all"):
         models.load(models.TINY, device="balanced")
 

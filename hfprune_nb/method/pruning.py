@@ -7,7 +7,7 @@ from torch import nn
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import load_tensors, save_tensors
-from hfprune_nb.models import gated_mlps, kept_indices
+from hfprune_nb.models import check_neurons, gated_mlps, kept_indices
 from hfprune_nb.models.modeling_per_layer import set_widths
 
 
@@ -18,12 +18,10 @@ def narrow(model, kept):
     `intermediate_size` where all layers are equally wide, so that `save_pretrained` writes a plain checkpoint, otherwise
     `per_layer_config`. Raises UserError for indices that do not fit the model, repeat, or are out of order.
     """
+    check_neurons(model)
     mlps = gated_mlps(model)
     for mlp, indices in zip(mlps, kept_indices(mlps, kept), strict=True):
-        rows = torch.cat([indices, indices + mlp.width]) if mlp.fused is not None else indices
-        for module in mlp.inputs:
-            _take(module, rows, dimension=0)
-        _take(mlp.down, indices, dimension=1)
+        mlp.keep(indices)
     set_widths(model.config.get_text_config(), [mlp.width for mlp in mlps])
     for mlp, layer in zip(mlps, model.get_decoder().layers, strict=True):
         if hasattr(layer.mlp, "intermediate_size"):
@@ -86,14 +84,3 @@ def load_kept(file: str | Path) -> list[torch.Tensor]:
     """Read what `save_kept` wrote, one tensor for each layer; raise UserError for a missing or truncated file."""
     tensors = load_tensors(file)
     return [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
-
-
-def _take(module: nn.Linear, indices: torch.Tensor, dimension: int) -> None:
-    weight = module.weight.detach().index_select(dimension, indices).contiguous()
-    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-    if dimension == 0:
-        module.out_features = len(indices)
-        if module.bias is not None:
-            module.bias = nn.Parameter(module.bias.detach()[indices].clone(), requires_grad=module.bias.requires_grad)
-    else:
-        module.in_features = len(indices)

@@ -15,6 +15,7 @@ from hfprune_nb.models.loading import (
     resolve_dtype,
     tokenizer,
 )
+from hfprune_nb.models.probe import check_neurons
 from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices, weights_digest
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Head",
     "aliases",
     "check_context",
+    "check_neurons",
     "check_tokens",
     "configuration",
     "context_length",

@@ -3,6 +3,8 @@
 import contextlib
 import difflib
 import hashlib
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -12,16 +14,19 @@ from filelock import FileLock
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import hub
+from hfprune_nb.models import adapters, checkpoint, tiny
 from hfprune_nb.models.per_layer import model_class
-from hfprune_nb.models.units import GatedMLP
+from hfprune_nb.models.tiny import NAME as TINY
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
-TINY = "tiny-random-llama"
 
 # GGUF files that store the input embedding and the head apart although the original model ties them; the head is the
 # better-quantised of the two (Q8_0 against Q5_0), so both take its values.
 _RETIED = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
+_REASON = 600  # characters of another library's error
+
+logger = logging.getLogger(__name__)
 
 
 def aliases() -> list[str]:
@@ -36,84 +41,137 @@ def aliases() -> list[str]:
     return [asset.name for asset in assets.list_assets() if asset.kind == "model"] + [TINY]
 
 
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """Return the torch dtype named `dtype`; raise UserError for a name outside float16, bfloat16, float32, float64."""
-    if dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}' is unknown: choose one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """Return the torch dtype named `dtype`; raise UserError for any but float16, bfloat16, float32, float64."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}' is unknown: choose one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
-def resolve_device(device: str) -> str:
-    """Return the device to use: `auto` is CUDA where there is one, else the CPU; raise UserError without CUDA.
+def resolve_device(device: str | torch.device) -> str:
+    """Return the device to use: `auto` is CUDA where there is one, else the CPU.
 
-    `balanced` stays as it is: which devices a model is spread over is decided when it is loaded.
+    `balanced` stays as it is: which devices a model is spread over is decided when it is loaded. Raises UserError for a name that
+    is none of auto, cpu, cuda, cuda:N and balanced, and for a GPU that is not there.
     """
+    device = str(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, number = device.partition(":")
+    if device not in ("cpu", "balanced") and not (kind == "cuda" and (number.isdigit() or device == "cuda")):
+        raise UserError(f"device '{device}' is unknown: choose auto, cpu, cuda, cuda:N for the GPU of number N, or balanced.")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{device}' is not available on this machine: choose device: cpu or auto.")
     return device
 
 
-def load(name: str, dtype: str = "bfloat16", device: str = "auto", trust_remote_code: bool = False, attention: str = "sdpa"):
+def load(
+    name: str | Path,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    attention: str = "sdpa",
+):
     """Load a causal language model and its tokenizer, frozen and in evaluation mode.
 
     Parameters
     ----------
     name : an alias (`hfprune assets list`), a hub id, a local folder, or either of the last two followed by `/FILE.gguf`.
-        A GGUF model is dequantised once and cached as safetensors in bfloat16, so that every dtype holds the same weights.
+        A GGUF model is dequantised once and cached as safetensors in bfloat16, so that every dtype holds the same weights. A
+        folder of LoRA adapters is merged into the model that it names.
     dtype : float16, bfloat16, float32 or float64.
     device : auto, cpu, cuda or cuda:N; `balanced` spreads the layers over all GPUs (accelerate's `device_map="auto"`), for
         models larger than one of them.
-    attention : sdpa (torch's fused kernels), eager (plain matrix products) or flash_attention_2 (the flash-attn package).
+    attention : sdpa (torch's fused kernels), eager (plain matrix products) or flash_attention_2 (the flash-attn package). A model
+        that transformers does not run with sdpa, such as Gemma 2, takes eager instead and says so in the log.
 
     Returns (model, tokenizer). Raises UserError for an unknown name, dtype, device or attention, for an attention that is not
-    installed, and for a balanced model that does not fit in the GPUs.
+    installed, for a balanced model that does not fit in the GPUs, for quantised weights, for files that are missing or corrupt,
+    and for weights that do not fit the model one to one.
     """
     torch_dtype, torch_device = resolve_dtype(dtype), resolve_device(device)
     _check_attention(attention, torch_device)
     source = _source(name)
-    placement = {"device_map": "auto"} if device == "balanced" else {}
-    with _one_sentence(name):
-        model = from_pretrained(
-            source, dtype=torch_dtype, trust_remote_code=trust_remote_code, attn_implementation=attention, **placement
-        )
+    settings = {"dtype": torch_dtype, "device": torch_device, "trust_remote_code": trust_remote_code, "attention": attention}
+    if adapters.is_adapter(source):
+        base = adapters.base(name, source)
+        model, words = load(base, **settings)
+        with _one_sentence(name):
+            model = adapters.merge(name, model, source)
+        return model, _load_tokenizer(name, source, trust_remote_code) if adapters.has_tokenizer(source) else words
+    return _network(name, source, **settings), _load_tokenizer(name, source, trust_remote_code)
+
+
+def _network(name, source, dtype, device, trust_remote_code, attention):
+    checkpoint.check_configuration(name, Path(source), trust_remote_code)
+    checkpoint.check_weights(name, Path(source))
+    model = _read(
+        name,
+        source,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=None if attention == "sdpa" else attention,  # None is sdpa where the model has it, else eager
+        **({"device_map": "auto"} if device == "balanced" else {}),
+    )
+    if model.config._attn_implementation != attention:
+        logger.warning(
+            "%s does not run with attention: %s, so it runs with %s",
+            type(model).__name__, attention, model.config._attn_implementation,
+        )  # fmt: skip
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
             f"device: the GPUs cannot hold all of '{name}', so a part was left on the CPU or disk: use more or larger GPUs."
         )
-    if not placement:
-        model.to(torch_device)
-    model.eval().requires_grad_(False)
-    return model, _load_tokenizer(name, source, trust_remote_code)
+    if device != "balanced":
+        model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _read(name, source, **settings):
+    shared = {key: settings[key] for key in ("revision", "trust_remote_code") if key in settings}
+    with _one_sentence(name):
+        model, report = model_class(source, **shared).from_pretrained(
+            source, **settings, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are in the report, by name
+        )  # fmt: skip
+    checkpoint.check_loaded(name, model, report)
+    return model
 
 
 def from_pretrained(folder: str | Path, **settings):
     """Load a causal language model as `AutoModelForCausalLM.from_pretrained` does, also one with a width per layer.
 
     folder : a checkpoint; settings : those of `from_pretrained`. Returns the model in evaluation mode, in the dtype of the
-    checkpoint unless `dtype` says otherwise. Raises UserError with transformers' reason when it cannot be loaded.
+    checkpoint unless `dtype` says otherwise. Raises UserError with transformers' reason when it cannot be loaded, and where the
+    weights do not fit the model one to one.
     """
-    with _one_sentence(str(folder)):
-        shared = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
-        return model_class(folder, **shared).from_pretrained(folder, **settings)
+    return _read(str(folder), folder, **settings)
 
 
-def tokenizer(name: str, trust_remote_code: bool = False):
-    """Load only the tokenizer of a model; `name` as in `load`."""
-    return _load_tokenizer(name, _source(name), trust_remote_code)
+def tokenizer(name: str | Path, trust_remote_code: bool = False):
+    """Load only the tokenizer of a model; `name` and errors as in `load`."""
+    source = _source(name)
+    if adapters.is_adapter(source) and not adapters.has_tokenizer(source):
+        return tokenizer(adapters.base(name, source), trust_remote_code)
+    return _load_tokenizer(name, source, trust_remote_code)
 
 
-def configuration(name: str, trust_remote_code: bool = False):
-    """Load only the configuration of a model; `name` as in `load`."""
+def configuration(name: str | Path, trust_remote_code: bool = False):
+    """Load only the configuration of a model; `name` and errors as in `load`."""
     from transformers import AutoConfig
 
+    source = _source(name)
+    if adapters.is_adapter(source):
+        return configuration(adapters.base(name, source), trust_remote_code)
+    checkpoint.check_configuration(name, Path(source), trust_remote_code)
     with _one_sentence(name):
-        return AutoConfig.from_pretrained(_source(name), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
-def notes(name: str) -> list[str]:
+def notes(name: str | Path) -> list[str]:
     """Return sentences that belong under every table about the model `name`: where its weights come from."""
+    name = str(name)
     if name == TINY:
         return ["Weights are random: the numbers test the software and say nothing about pruning."]
     if name not in aliases():
@@ -136,15 +194,16 @@ def _check_attention(attention: str, device: str) -> None:
             )
 
 
-def _source(name: str) -> str:
+def _source(name: str | Path) -> str:
+    name = str(name)
     if name == TINY:
-        return str(_cached(f"{TINY}-1", _write_tiny))
+        return str(_cached(f"{TINY}-1", tiny.write))
     if name in aliases():
         from hfprune_nb.inputs import assets
 
         gguf = assets.path(name)
         file = gguf if gguf.is_file() else next(gguf.glob("*.gguf"))
-        return str(_cached(name, lambda folder: _convert_gguf(str(file.parent), file.name, folder, name in _RETIED)))
+        return str(_cached(name, lambda folder: _convert_gguf(name, file, folder, name in _RETIED)))
     local = Path(name).expanduser()
     if name.endswith(".gguf"):
         parent, _, file = name.rpartition("/")
@@ -152,7 +211,7 @@ def _source(name: str) -> str:
             found = local if local.is_file() else hub.file(parent or ".", file)
             state = f"{found.resolve()}:{found.stat().st_size}:{found.stat().st_mtime_ns}"
             key = f"{found.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
-            return str(_cached(key, lambda folder: _convert_gguf(str(found.parent), found.name, folder, False)))
+            return str(_cached(key, lambda folder: _convert_gguf(name, found, folder, False)))
     if local.is_dir():
         return str(local)
     if "/" not in name and (near := difflib.get_close_matches(name, aliases(), n=1)):
@@ -162,6 +221,8 @@ def _source(name: str) -> str:
 
 def _cached(key: str, write) -> Path:
     folder = paths.cache() / "models" / key
+    if folder.is_dir():  # a cache that is complete is only read: it may be another user's
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{key}.lock")):  # several stages may ask for the same model at once
         if not folder.is_dir():
@@ -173,40 +234,28 @@ def _cached(key: str, write) -> Path:
     return folder
 
 
-def _convert_gguf(parent: str, file: str, folder: Path, retie: bool) -> None:
+def _convert_gguf(name: str, file: Path, folder: Path, retie: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        parent, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    if retie:
-        model.get_input_embeddings().weight = model.get_output_embeddings().weight
-        model.config.tie_word_embeddings = True
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(parent, gguf_file=file).save_pretrained(folder)
+    if part := re.search(r"-(\d+)-of-(\d+)\.gguf$", file.name):
+        raise UserError(
+            f"model '{name}' is part {int(part[1])} of {int(part[2])} of a GGUF model: join the parts into one file first "
+            "(llama.cpp's `gguf-split --merge`)."
+        )
+    with _one_sentence(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        checkpoint.check_loaded(name, model, report)
+        if retie:
+            model.get_input_embeddings().weight = model.get_output_embeddings().weight
+            model.config.tie_word_embeddings = True
+        model.to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
 
 
-def _write_tiny(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator([__doc__, GatedMLP.__doc__, load.__doc__], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-
-
-def _load_tokenizer(name: str, source: str, trust_remote_code: bool):
+def _load_tokenizer(name: str | Path, source: str, trust_remote_code: bool):
     from transformers import AutoTokenizer
 
     try:
@@ -214,21 +263,26 @@ def _load_tokenizer(name: str, source: str, trust_remote_code: bool):
     # What transformers raises for one that is missing depends on the tokenizer's class.
     except Exception as error:
         raise UserError(
-            f"model '{name}' has no tokenizer that transformers can load ({' '.join(str(error).split())}): copy tokenizer.json "
+            f"model '{name}' has no tokenizer that transformers can load ({_reason(error)}): copy tokenizer.json "
             f"and tokenizer_config.json of the model that it was made from into {source}"
         ) from error
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str):
+def _one_sentence(name: str | Path):
     try:
         yield
     except UserError:
         raise
     # Readers of hub ids, safetensors and GGUF files raise many types that share no base class.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model '{name}' could not be loaded: give an alias ({', '.join(aliases())}), a complete local folder, or a hub id "
-            f"while online (transformers says: {reason})"
+            f"while online (transformers says: {_reason(error)})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of another library's error in one line: what names a tensor or a file often stands in its later ones."""
+    words = " ".join(str(error).split())
+    return words[:_REASON] + "..." * (len(words) > _REASON) if words else type(error).__name__

@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import re
 
 import torch
 from torch import nn
 
 from hfprune_nb.errors import UserError
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -52,26 +55,61 @@ class GatedMLP:
         rows = sum(module.in_features + (module.bias is not None) for module in self.inputs)
         return rows * (2 if self.fused is not None else 1) + self.down.out_features
 
+    def keep(self, indices: torch.Tensor) -> None:
+        """Remove, in place, all neurons but those at `indices` (neurons kept,), in that order."""
+        indices = indices.to(self.down.weight.device)
+        rows = torch.cat([indices, indices + self.width]) if self.fused is not None else indices
+        for module in self.inputs:
+            _take(module, rows, dimension=0)
+        _take(self.down, indices, dimension=1)
 
-def gated_mlps(model: nn.Module) -> list[GatedMLP]:
-    """Return the gated MLP of every decoder layer, first to last; raise UserError naming what was looked for otherwise."""
+
+def gated_mlps(model) -> list[GatedMLP]:
+    """Return the gated MLP of every decoder layer, first to last.
+
+    Raises UserError, which says what was looked for, where a layer has none, and where it has more than such an MLP: weights of
+    another kind in it (a norm inside, quantised or adapted linear modules), experts beside it, or an MLP shared by two layers.
+    There the neurons that the kit would score and remove would not be what the model computes with.
+    """
     layers = getattr(model.get_decoder(), "layers", None)
     architecture = type(model).__name__
     if not layers:
         raise UserError(f"model: {architecture} is not supported: no `layers` list was found in its decoder.")
-    found = []
+    found = [gated_mlp(index, getattr(layer, "mlp", None), architecture) for index, layer in enumerate(layers)]
+    if len({id(mlp.down) for mlp in found}) < len(found):
+        raise UserError(f"model: {architecture} is not supported: its layers share an MLP.")
     for index, layer in enumerate(layers):
-        mlp = getattr(layer, "mlp", None)
-        parts = {name: getattr(mlp, name, None) for name in ("down_proj", "gate_proj", "up_proj", "gate_up_proj")}
-        linear = {name for name, module in parts.items() if isinstance(module, nn.Linear)}
-        if {"down_proj", "gate_proj", "up_proj"} <= linear:
-            found.append(GatedMLP(index, parts["down_proj"], gate=parts["gate_proj"], up=parts["up_proj"]))
-        elif {"down_proj", "gate_up_proj"} <= linear:
-            found.append(GatedMLP(index, parts["down_proj"], fused=parts["gate_up_proj"]))
-        else:
+        if experts := [name for name, _ in layer.named_children() if re.search("expert|router|moe", name)]:
+            raise UserError(f"model: {architecture} is not supported: layer {index} has experts beside its MLP (`{experts[0]}`).")
+    return found
+
+
+def gated_mlp(index: int, mlp: nn.Module | None, architecture: str) -> GatedMLP:
+    """Return the module `mlp` of layer `index` as a `GatedMLP`; raise UserError where it is none, or more than that."""
+    parts = {name: getattr(mlp, name, None) for name in ("down_proj", "gate_proj", "up_proj", "gate_up_proj")}
+    linear = {name: module for name, module in parts.items() if isinstance(module, nn.Linear)}
+    if {"down_proj", "gate_proj", "up_proj"} <= linear.keys():
+        found = GatedMLP(index, parts["down_proj"], gate=parts["gate_proj"], up=parts["up_proj"])
+    elif {"down_proj", "gate_up_proj"} <= linear.keys():
+        found = GatedMLP(index, parts["down_proj"], fused=parts["gate_up_proj"])
+    else:
+        raise UserError(
+            f"model: {architecture} is not supported: layer {index} has no gated MLP (looked for linear modules "
+            "`mlp.down_proj` with `mlp.gate_proj` and `mlp.up_proj`, or with a fused `mlp.gate_up_proj`)."
+        )
+    for module in (found.down, *found.inputs):
+        # Quantised and adapted modules are subclasses, or hold tensors that are; their weights mean something else.
+        if type(module) is not nn.Linear or type(module.weight.data) is not torch.Tensor or module.weight.dtype not in _FLOATS:
             raise UserError(
-                f"model: {architecture} is not supported: layer {index} has no gated MLP (looked for linear modules "
-                "`mlp.down_proj` with `mlp.gate_proj` and `mlp.up_proj`, or with a fused `mlp.gate_up_proj`)."
+                f"model: the MLP of layer {index} holds {type(module).__name__} with {type(module.weight.data).__name__} of "
+                f"{module.weight.dtype} in place of plain linear weights: give the model unquantised, and adapters merged."
+            )
+    own = {id(parameter) for module in (found.down, *found.inputs) for parameter in module.parameters()}
+    for name, parameter in mlp.named_parameters():
+        if id(parameter) not in own:
+            raise UserError(
+                f"model: {architecture} is not supported: the MLP of layer {index} has `{name}` beside its linear modules, so a "
+                "removed neuron would change the others."
             )
     return found
 
@@ -102,3 +140,14 @@ def kept_indices(mlps: list[GatedMLP], kept) -> list[torch.Tensor]:
             )
         found.append(indices)
     return found
+
+
+def _take(module: nn.Linear, indices: torch.Tensor, dimension: int) -> None:
+    weight = module.weight.detach().index_select(dimension, indices).contiguous()
+    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    if dimension == 0:
+        module.out_features = len(indices)
+        if module.bias is not None:
+            module.bias = nn.Parameter(module.bias.detach()[indices].clone(), requires_grad=module.bias.requires_grad)
+    else:
+        module.in_features = len(indices)

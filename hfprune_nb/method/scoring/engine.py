@@ -28,7 +28,7 @@ from hfprune_nb.method.scoring import accumulator
 from hfprune_nb.method.scoring.backward import Contributions
 from hfprune_nb.method.scoring.scores import Scores
 from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
-from hfprune_nb.models import check_context, check_tokens, gated_mlps, head
+from hfprune_nb.models import check_context, check_neurons, check_tokens, gated_mlps, head
 from hfprune_nb.models.cpu_attention import fast_on_cpu
 from hfprune_nb.progress import bar
 
@@ -90,8 +90,9 @@ def score(
     Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
     memory, or scores that are NaN or all equal.
     """
-    chosen = registry.variants(criteria)
+    chosen, windows = registry.variants(criteria), np.asarray(windows)
     _check(chosen, activation_checkpointing, batch_size, chunk_size, checkpoint_every)
+    check_neurons(model)
     mlps = gated_mlps(model)
     from_weights = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "weights"}
     from_logits = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "logits"}

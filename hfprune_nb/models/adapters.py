@@ -1,0 +1,55 @@
+"""LoRA adapters given as a model: merged into the model that they were trained on."""
+
+import json
+from pathlib import Path
+
+from hfprune_nb.errors import UserError
+
+_CONFIGURATION, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(source: str) -> bool:
+    """Return whether a model's folder holds adapters and no model."""
+    folder = Path(source)
+    return (folder / _CONFIGURATION).is_file() and not (folder / "config.json").is_file()
+
+
+def has_tokenizer(source: str) -> bool:
+    """Return whether a tokenizer lies beside the adapters."""
+    return (Path(source) / "tokenizer_config.json").is_file()
+
+
+def base(name: str, source: str) -> str:
+    """Return the model that the adapters were trained on: a name, or a folder, sought beside the adapters too."""
+    found = json.loads((Path(source) / _CONFIGURATION).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not found:
+        raise UserError(f"model '{name}' holds adapters of no base model: set base_model_name_or_path in {_CONFIGURATION}.")
+    beside = Path(source) / found
+    return str(beside) if beside.is_dir() and not Path(found).is_dir() else found
+
+
+def merge(name: str, model, source: str):
+    """Return `model` with the adapters in `source` merged into its weights, frozen.
+
+    Raises UserError for adapters that cannot be merged or do not fit the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = Path(source) / _WEIGHTS
+    if not file.is_file():
+        raise UserError(f"model '{name}' is a folder of adapters without {_WEIGHTS}: save them as safetensors.")
+    adapted = PeftModel.from_pretrained(model, source)
+    if not hasattr(adapted, "merge_and_unload"):
+        raise UserError(
+            f"model '{name}' holds adapters of type {adapted.active_peft_config.peft_type.value}, which cannot be merged into "
+            "weights: give LoRA adapters or a whole model."
+        )
+    with safe_open(file, framework="pt") as tensors:
+        unknown = set(tensors.keys()) ^ set(get_peft_model_state_dict(adapted))
+    if unknown:
+        raise UserError(
+            f"model '{name}': its adapters do not fit {type(model).__name__} ({sorted(unknown)[0]}): name the model that they "
+            f"were trained on as base_model_name_or_path in {_CONFIGURATION}."
+        )
+    return adapted.merge_and_unload().eval().requires_grad_(False)

@@ -1,0 +1,152 @@
+"""What passes for a plain gated MLP and is none; and the probes, which leave every model as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hfprune_nb import models
+from hfprune_nb.errors import UserError
+from hfprune_nb.method import pruning, scoring
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+PER_LAYER = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 4}
+
+
+def random_model(kind, dtype="float32", **changes):
+    """A frozen tiny random model of an architecture by its name in transformers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | changes)))
+        for parameter in model.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.to(getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def gemma_3n(sparsity, **changes):
+    shared = {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "intermediate_size": [40, 40]}
+    return random_model("gemma3n_text", activation_sparsity_pattern=sparsity, **PER_LAYER, **(shared | changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_plain_gated_mlp_passes_and_is_left_as_it_was(architecture, dtype, tiny):
+    model = tiny(architecture, dtype=dtype)
+    before = copy.deepcopy(model.state_dict())
+    models.check_neurons(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def test_thresholds_over_all_neurons_are_found_in_any_precision():
+    """Gemma 3n zeroes what lies below a quantile of the layer: only its layers that do so are in the way."""
+    models.check_neurons(gemma_3n([0.0, 0.0]))
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match="in layer 1 the other neurons change when one is removed"):
+            models.check_neurons(gemma_3n([0.0, 0.5]).to(getattr(torch, dtype)))
+
+
+def test_scoring_and_pruning_refuse_it_before_they_start(token_windows):
+    model = gemma_3n([0.5, 0.5])
+    for work in (
+        lambda: scoring.score(model, token_windows, ["entropy"], progress=False),
+        lambda: scoring.score(model, np.zeros((0, 0)), ["magnitude"], progress=False),
+        lambda: pruning.narrow(model, torch.arange(20).repeat(2, 1)),
+    ):
+        with pytest.raises(UserError, match="the other neurons change"):
+            work()
+
+
+def test_an_mlp_that_runs_twice_is_refused(tiny):
+    model = tiny("llama")
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda module, args, output: output + module.mlp(output))
+    with pytest.raises(UserError, match="the MLP of layer 1 runs 2 times"):
+        models.check_neurons(model)
+
+
+class Codes(nn.Linear):
+    """A stand-in for quantised linear modules, which are subclasses."""
+
+
+def quantised(model):
+    model.model.layers[1].mlp.up_proj.__class__ = Codes
+
+
+def eight_bit_floats(model):
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+
+
+def parametrised(model):
+    parametrize.register_parametrization(model.model.layers[1].mlp.gate_proj, "weight", nn.Identity())
+
+
+def with_a_norm(model):
+    model.model.layers[1].mlp.sub_norm = nn.LayerNorm(40)
+
+
+def with_a_scale(model):
+    model.model.layers[1].mlp.scale = nn.Parameter(torch.ones(40))
+
+
+def with_experts(model):
+    model.model.layers[1].experts = nn.ModuleList([nn.Linear(16, 16)])
+
+
+def shared(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def adapted(model):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(target_modules=["up_proj"]), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (quantised, "MLP of layer 1 holds Codes"),
+        (eight_bit_floats, "MLP of layer 1 holds Linear with Tensor of torch.float8_e4m3fn"),
+        (parametrised, "MLP of layer 1 holds ParametrizedLinear"),
+        (with_a_norm, "MLP of layer 1 has `sub_norm.weight` beside its linear modules"),
+        (with_a_scale, "MLP of layer 1 has `scale` beside its linear modules"),
+        (with_experts, "layer 1 has experts beside its MLP"),
+        (shared, "its layers share an MLP"),
+        (adapted, "layer 0 has no gated MLP|not supported: the MLP of layer 0 has|in place of plain linear weights"),
+    ],
+)
+def test_what_passes_for_a_gated_mlp_is_refused(change, words, tiny):
+    model = tiny("llama")
+    assert len(models.gated_mlps(model)) == 3
+    change(model)
+    with pytest.raises(UserError, match=words):
+        models.gated_mlps(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("bitnet", {}, "`ffn_sub_norm.weight` beside its linear modules"),
+        ("qwen2_moe", {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}, "has no gated MLP"),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 8, **PER_LAYER,
+             "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+            "has experts beside its MLP",
+        ),
+    ],
+)  # fmt: skip
+def test_architectures_with_more_than_a_gated_mlp_are_refused(kind, changes, words):
+    with pytest.raises(UserError, match=words):
+        models.gated_mlps(random_model(kind, **changes))
