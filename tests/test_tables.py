@@ -361,3 +361,9 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
 )
 def test_cells_show_as_many_decimals_as_they_support(mean, measure, text):
     assert tables.format_cell({"mean": mean, "low": np.nan, "high": np.nan, "measure": measure}) == text
+
+
+@pytest.mark.parametrize(("bos", "words"), [(True, "of c4 with BOS."), (False, "of c4.")])
+def test_the_notes_say_where_calibration_and_evaluation_begin_otherwise(bos, words):
+    text = {"n_windows": 8, "seq_len": 32, "corpus": "c4", "bos": bos}
+    assert measurements._scoring_sentence({"bos": False, "calibration": text}).endswith(words)

@@ -354,6 +354,8 @@ def _scoring_sentence(protocol: dict) -> str:
     if not (text := protocol.get("calibration")):
         return ""  # the dense model is not scored
     words = f"Scored on {text['n_windows']} windows of {text['seq_len']} tokens of {text['corpus']}"
+    if text.get("bos") not in (None, protocol.get("bos")):
+        words += f" {'with' if text['bos'] else 'without'} BOS"
     if setting := protocol.get("scoring"):
         words += f" in {setting['dtype']}, aggregated by {setting['aggregation']}; self-distillation with alpha"
         words += f" {setting['alpha']:g}, temperature {setting['temperature']:g}, after a first stage of"
