@@ -319,7 +319,7 @@ def test_conversations_are_rendered_where_asked_for(tmp_path, spelling):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("plain text", "line 1 holds text, not chat turns: set chat_template=False"),
+        ("plain text", "line 1 holds text, not chat turns: give a list"),
         (["no turns"], "line 1 holds no chat turns"),
         ([{"who": "user", "says": "one"}], "line 1 has a turn of who, says without role and text"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "line 1 has a turn of role, content without"),

@@ -157,6 +157,7 @@ def windows(
     chat_template : `text_column` holds conversations, which the tokenizer's chat template renders.
     Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer lacks what is asked.
     """
+    corpus = str(corpus)
     for name, value, least in (("n_windows", n_windows, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
         if value < least:
             raise UserError(f"{name}={value} is too small: it must be at least {least}")
@@ -187,7 +188,7 @@ def windows(
                 return chosen
     if longest == 0:
         raise UserError(f"corpus {corpus!r} is empty: its {split} split has no text, choose another corpus")
-    unit = " (a .txt document ends at a blank line)" if text_files.suffix(corpus) == ".txt" else ""
+    unit = "; a .txt document ends at a blank line" if text_files.suffix(corpus) == ".txt" else ""
     if not rows:
         raise UserError(
             f"seq_len={seq_len} is longer than every document of corpus {corpus!r} ({split}), of which the longest has "
@@ -195,8 +196,13 @@ def windows(
         )
     raise UserError(
         f"corpus {corpus!r} ({split}) has {len(rows)} documents of at least {text_length} tokens, fewer than "
-        f"n_windows={n_windows}: lower n_windows or seq_len{unit}"
+        f"n_windows={n_windows}: lower n_windows or seq_len{unit}; {passed_over_words(passed_over)}"
     )
+
+
+def passed_over_words(counts: dict[str, int]) -> str:
+    """Return `Windows.passed_over` in words."""
+    return "passed over: " + (", ".join(f"{count:,} {reason}" for reason, count in counts.items()) or "nothing")
 
 
 def check_overlap(calibration: Windows, evaluation: Windows) -> None:

@@ -56,7 +56,9 @@ def _parsed(text: str, place: str):
             return parse(text)
         except (ValueError, SyntaxError):
             continue
-    raise UserError(f"{place} holds text, not chat turns: set chat_template=False, or text_column to the column of turns")
+    raise UserError(
+        f"{place} holds text, not chat turns: give a list of {{role, content}} objects, or read it as text (chat_template=False)"
+    )
 
 
 def _turn(turn: dict, place: str) -> dict[str, str]:
