@@ -1,15 +1,13 @@
 """Where the kit keeps its notebooks, data and results; each folder can be moved by one environment variable."""
 
+import functools
 import os
 from pathlib import Path
 
 
 def project() -> Path:
     """Return the kit's folder: `HFPRUNE_HOME`, else the checkout that holds the package, else the working directory."""
-    if home := os.environ.get("HFPRUNE_HOME"):
-        return Path(home).expanduser().resolve()
-    checkout = Path(__file__).resolve().parent.parent
-    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+    return _project(os.environ.get("HFPRUNE_HOME"), os.getcwd())
 
 
 def notebooks() -> Path:
@@ -30,3 +28,11 @@ def cache() -> Path:
 def results() -> Path:
     """Return the folder of all studies' results: `HFPRUNE_RESULTS`, else `results`."""
     return Path(os.environ.get("HFPRUNE_RESULTS") or project() / "results").expanduser().resolve()
+
+
+@functools.lru_cache(maxsize=16)
+def _project(home: str | None, working: str) -> Path:
+    if home:
+        return Path(home).expanduser().resolve()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "notebooks").is_dir() else Path(working)

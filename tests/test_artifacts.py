@@ -6,13 +6,12 @@ import math
 import os
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from hfprune_nb import files
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import artifacts
-from hfprune_nb.runs.artifacts import Artifact, Writer, address, canonical, finished, open_artifact
+from hfprune_nb.runs.artifacts import Artifact, Writer, canonical, finished, open_artifact
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
@@ -27,29 +26,6 @@ def make(folder, text="value", inputs=None, card=None):
     writer.path("value.txt").write_text(text)
     writer.path("tables/deep.csv").write_text("1,2")
     return writer.finish({"seed": 0}, inputs or {}, card or {"seconds": 1.0})
-
-
-@given(st.dictionaries(st.text(), PLAIN | st.lists(PLAIN)))
-def test_address_ignores_order_and_study(parameters):
-    shuffled = dict(reversed(parameters.items())) | {"study": "another"}
-    without = {name: value for name, value in parameters.items() if name != "study"}
-    assert address("scoring", shuffled) == address("scoring", without)
-    assert artifacts.KEY.fullmatch(address("scoring", parameters))
-
-
-def test_address_depends_on_stage_and_every_value():
-    base = {"seed": 0, "ratio": 0.2}
-    keys = {
-        address("scoring", base),
-        address("pruning", base),
-        address("scoring", base | {"seed": 1}),
-        address("scoring", base | {"other": 0}),
-    }
-    assert len(keys) == 4
-
-
-def test_address_never_changes():
-    assert address("scoring", {"seed": 0, "calibration": "calibration/0123456789abcdef"}) == "69f2562a5a5e7cbf"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, object(), {1, 2}])

@@ -9,6 +9,7 @@ import toys
 from hfprune_nb.files import read_json
 from hfprune_nb.runs import forecast, study
 from hfprune_nb.runs.artifacts import Artifact
+from hfprune_nb.runs.stages import STAGES
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MEASURED = sorted(RESULTS.glob("offline*/cards.json"))
@@ -68,7 +69,8 @@ def test_more_workers_never_take_longer_and_done_jobs_cost_nothing(tmp_path, mon
         "devices": {"cpu": {"startup_seconds": 3.0, "seconds_per_unit": unit, "base_gb": 1, "gb_per_billion_parameters": {}}},
         "models": {"default": 1}, "tasks": {"default": {"items": 5, "tokens": 2}}, "neurons_per_parameter": 1,
     }  # fmt: skip
-    monkeypatch.setattr(forecast, "work", lambda *_: (1, 0))
+    for each in STAGES.values():
+        monkeypatch.setattr(type(each), "work", lambda *_: (1, 0))
     loaded = study.load("toy")
     hours = [forecast.hours(loaded, workers) for workers in (1, 2, 8)]
     assert hours[0] * 3600 == pytest.approx(12 * 4.0) and hours == sorted(hours, reverse=True)

@@ -160,14 +160,14 @@ def test_study_files_load_and_plan(path, monkeypatch, tmp_path):
     assert loaded.name == path.stem and loaded.description
     assert len({cell.reference for cell in plan}) == len(plan)
     by_stage = {name: [cell for cell in plan if cell.stage == name] for name in stages.STAGES}
-    if not loaded.criteria:  # only measures cost or runs experiments
+    if not loaded.variants:  # only measures cost or runs experiments
         assert {cell.stage for cell in plan} <= {"cost", "experiments", "questions"}
         return
-    seeds, prunings, tuned = len(loaded.seeds), len(by_stage["pruning"]), len(by_stage["recovery"])
+    seeds, prunings, tuned = len(loaded.axes["calibration"]["seed"]), len(by_stage["pruning"]), len(by_stage["recovery"])
     assert len(by_stage["calibration"]) == len(by_stage["scoring"]) == seeds * len(loaded.models)
     assert len(by_stage["evaluation"]) == prunings + len(loaded.models) + tuned
     assert len(by_stage["figures"]) == 1 and plan[-1].stage in ("figures", "questions")
-    assert set(loaded.criteria) >= {"one_hot_ce", "entropy"}
+    assert {variant.name for variant in loaded.variants} >= {"one_hot_ce", "entropy"}
     references = {cell.reference: number for number, cell in enumerate(plan)}
     assert all(references[used] < number for number, cell in enumerate(plan) for used in cell.depends_on)
     assert not list(tmp_path.iterdir()), "planning writes nothing"
@@ -187,9 +187,20 @@ def test_the_paper_s_studies_have_the_paper_s_settings(name):
     loaded = study.load(name)
     bos = name.startswith("llama")
     assert loaded.sections["calibration"] == {"corpus": "c4", "n_windows": 43128, "seq_len": 1024, "bos": bos}
-    assert loaded.sections["evaluation"]["bos"] == bos and loaded.ratios[0] == 0.2
-    assert not loaded.run["offline"] and len(loaded.seeds) >= 3
+    assert loaded.sections["evaluation"]["bos"] == bos and loaded.axes["pruning"]["ratio"][0] == 0.2
+    assert not loaded.run["offline"] and len(loaded.axes["calibration"]["seed"]) >= 3
     assert not loaded.sections["evaluation"].get("limit"), "the paper's tasks are run whole"
+
+
+def test_the_declared_defaults_are_those_of_the_notebooks():
+    """A study takes the declared ones: only so may a notebook be edited while exploring."""
+    content = yaml.safe_load((FOLDER / "defaults.yaml").read_text(encoding="utf-8"))
+    assert list(content) == list(stages.STAGES)
+    for name, values in content.items():
+        found = parameters.notebook_parameters(parameters.notebook_path(name))
+        expected = {parameter: each.default for parameter, each in found.items() if parameter != "study"}
+        assert values == expected, f"notebooks/defaults.yaml and {stages.STAGES[name].notebook} differ"
+        assert {name: type(value) for name, value in values.items()} == {name: type(value) for name, value in expected.items()}
 
 
 def test_the_offline_studies_need_no_hub():

@@ -35,7 +35,9 @@ def finish(run, value="value"):
 def test_parameters_are_those_that_papermill_sees(project):
     for definition in stages.STAGES.values():
         notebook = project / "notebooks" / definition.notebook
-        assert list(parameters.notebook_parameters(notebook)) == list(papermill.inspect_notebook(notebook))
+        # Papermill's own reading skips unions.
+        read = [name for name, parameter in parameters.notebook_parameters(notebook).items() if "|" not in parameter.type]
+        assert read == list(papermill.inspect_notebook(notebook))
 
 
 def test_misspelt_parameter_is_refused_with_the_nearest_name(project):
@@ -62,7 +64,7 @@ def test_wrong_type_is_refused(project, name, value):
 
 def test_wrong_type_inside_a_list_is_refused(project):
     for stage_name, name in (("evaluation", "tasks"), ("scoring", "criteria")):
-        with pytest.raises(UserError, match=r"must be list\[str\]"):
+        with pytest.raises(UserError, match=r"must be list\[str"):
             parameters.complete(stage_name, {name: ["choice", 3]})
 
 
@@ -205,7 +207,11 @@ def test_failed_notebook_keeps_its_traceback_and_is_not_done(project):
     with pytest.raises(stage.StageError, match="^corpus is empty: give text$"):
         stage.execute("calibration", "toy", {})
     (failed,) = (project / "results" / "toy" / "calibration").glob("*.ipynb")
-    assert failed.name.endswith(".failed.ipynb") and "Traceback" in toys.outputs(failed)
+    assert failed.name.endswith(".failed.ipynb") and "UserError: corpus is empty: give text" in toys.outputs(failed)
+    assert "Traceback" not in toys.outputs(failed)
+    with pytest.raises(stage.StageError):
+        stage.execute("calibration", "toy", {}, {"HFPRUNE_TRACEBACK": "1"})
+    assert "Traceback" in toys.outputs(failed)
     assert json.loads(failed.read_text())["metadata"]["hfprune"]["error"] == "corpus is empty: give text"
     assert not start_all("calibration").done
     toys.write_stage(project, "calibration", "01_calibration.ipynb", toys.CALIBRATION)
@@ -229,8 +235,8 @@ def test_full_disk_inside_a_notebook_leaves_no_partial_folder(project):
 def test_hanging_kernel_is_killed(project):
     hang = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
     toys.write_stage(project, "calibration", "01_calibration.ipynb", toys.CALIBRATION, before=hang)
-    with pytest.raises(stage.StageError, match="stopped after 0.05 minutes: raise run.timeout_minutes"):
-        stage.execute("calibration", "toy", {}, timeout_seconds=3)
+    with pytest.raises(stage.StageError, match="stopped after 0.2 minutes: raise run.timeout_minutes"):
+        stage.execute("calibration", "toy", {}, timeout_seconds=12)
     with pytest.raises(ProcessLookupError):
         os.kill(int((project / "notebooks" / "pid").read_text()), 0)
 

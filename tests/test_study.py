@@ -72,11 +72,11 @@ def figures_value(loaded, job):
         ({"models": None}, "models must be a list with at least one entry"),
         ({"seeds": []}, "seeds must be a list"),
         ({"seeds": [0, 0]}, "seeds names an entry twice"),
-        ({"seeds": ["0"]}, "seeds must hold int values, not '0'"),
-        ({"ratios": [0.2, 1.0]}, "ratios must lie between 0 and 1, not 1"),
-        ({"ratios": [20]}, "ratios must lie between 0 and 1"),
-        ({"ratios": None}, "either ratios .* or neuron_ratios"),
-        ({"neuron_ratios": [0.1]}, "either ratios .* or neuron_ratios"),
+        ({"seeds": ["0"]}, "seeds: parameter 'seed' .* must be int, not str '0'"),
+        ({"ratios": [0.2, 1.0]}, "ratio 1 must lie between 0 and 1: write 20 % as 0.2"),
+        ({"ratios": [20]}, "ratio 20 must lie between 0 and 1"),
+        ({"ratios": None}, "either ratio .* or neuron_ratio"),
+        ({"neuron_ratios": [0.1]}, "either ratio .* or neuron_ratio"),
         ({"name": 3}, "name must be text"),
         ({"name": "a/b"}, "not a plain name"),
         ({"run": {"worker": 2}}, "section run: unknown key 'worker', did you mean 'workers'"),
@@ -112,6 +112,86 @@ def test_a_study_file_of_another_editor_is_read_or_refused_with_its_line(project
     file.write_bytes(f"# caf\u00e9\n{text}".encode("latin-1"))
     with pytest.raises(UserError, match="study file .*edited.yaml, line 1 is not UTF-8"):
         study.load("edited")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [a]\nratios: [0.2]\nmodels: [b]", "'models' is given twice, again in line 5"),
+        ("calibration: {n_windows: 8, n_windows: 9}", "'n_windows' is given twice"),
+        ("calibration:\n- corpus: wikitext", "calibration must be a section with `name: value` lines"),
+        ("calibration: wikitext", "calibration must be a section"),
+        ("run: [2]", "run must be a section"),
+        ("axes: {pruning: [2]}", "axes.pruning must be a section"),
+        ("axes: {prunning: {seed: [2]}}", "section axes: unknown key 'prunning', did you mean 'pruning'"),
+        ("axes: {pruning: {sed: [2]}}", "axes.pruning.sed: .* has no parameter 'sed': did you mean 'seed'"),
+        ("axes: {pruning: {scores: [a]}}", "axes.pruning.scores is set by the grid"),
+        ("calibration:\n\tcorpus: wikitext", "not valid YAML"),
+        ("criteria: [[entropy]]", "is no criterion"),
+        ("criteria: [entropie]", "did you mean 'entropy'"),
+        ("criteria: [{self_distillation: {alfa: 0.4}}]", "did you mean 'alpha'"),
+        ("criteria: [{self_distillation: {alpha: 4}}]", "alpha 4 is not a number"),
+        ("criteria: [entropy, {one_hot_ce: {}, as: entropy}]", "'entropy' is named twice"),
+        ("models: [./missing]", "models: './missing' does not exist: it was looked for in "),
+        ("calibration: {corpus: missing.jsonl}", "calibration.corpus: 'missing.jsonl' does not exist: it was looked for in "),
+        ("extends: missing", "no study file 'missing'"),
+        ("extends: [toy]", "extends must be the name of one study file"),
+        ("description: 2025-03-01", "description must be text, .*: put it in quotes"),
+    ],
+)
+def test_a_slip_in_the_file_is_one_sentence(project, text, message):
+    base = "models: [tiny]\nseeds: [0]\ncriteria: [entropy]\nratios: [0.2]\n"
+    kept = [line for line in base.splitlines() if line.split(":")[0] not in {row.split(":")[0] for row in text.splitlines()}]
+    (project / "notebooks" / "studies" / "slip.yaml").write_text("\n".join([*kept, text]))
+    with pytest.raises(UserError, match=message) as caught:
+        study.load("slip")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("slip.yaml")
+
+
+def test_numbers_are_read_as_meant(project):
+    toys.write_study(project, "numbers")
+    file = project / "notebooks" / "studies" / "numbers.yaml"
+    file.write_text(file.read_text() + "calibration: {length: 2e-5}\n")
+    assert study.load("numbers").sections["calibration"] == {"length": 2e-5}
+    file.write_text(file.read_text().replace("length: 2e-5", "n_windows: 1e3"))
+    with pytest.raises(UserError, match="must be int, not float 1000.0"):
+        study.load("numbers")
+
+
+def test_relative_paths_are_looked_up_beside_the_study_file(project, tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "own-model").mkdir()
+    (folder / "text.jsonl").write_text("{}")
+    file = toys.write_study(project, "own", models=["own-model"], calibration={"corpus": "text.jsonl"})
+    moved = Path(shutil.move(file, folder / "own.yaml"))
+    loaded = study.load(moved)
+    assert loaded.models == [str(folder / "own-model")]
+    assert loaded.sections["calibration"]["corpus"] == str(folder / "text.jsonl")
+    monkeypatch.chdir(folder)
+    assert [job.key for job in study.load("own.yaml").jobs] == [job.key for job in loaded.jobs]
+
+
+def test_a_study_extends_another_and_says_only_what_differs(project):
+    toys.write_study(project, "base", recovery={"steps": 5}, run={"workers": 3})
+    toys.write_study(project, "paper", extends="base", models=["other"], seeds=None, criteria=None, ratios=[0.5], evaluation=None)
+    paper = study.load("paper")
+    assert (paper.name, paper.models, paper.axes["pruning"]["ratio"]) == ("paper", ["other"], [0.5])
+    assert paper.axes["calibration"]["seed"] == [0, 1] and paper.sections["recovery"] == {"steps": 5}
+    assert paper.run["workers"] == 2 and paper.sections["evaluation"] == {"tasks": ["choice", "other"]}
+    file = project / "notebooks" / "studies" / "paper.yaml"
+    file.write_text(file.read_text() + "recovery: null\nevaluation: {seed: 3}\n")
+    paper = study.load("paper")
+    assert "recovery" not in paper.sections and paper.sections["evaluation"] == {"tasks": ["choice", "other"], "seed": 3}
+    # What is exported says it all, without the file that is extended.
+    (project / "notebooks" / "studies" / "whole.yaml").write_text(paper.text)
+    assert [job.reference for job in study.load("whole").jobs] == [job.reference for job in paper.jobs]
+
+
+def test_files_that_extend_each_other_are_refused(project):
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        toys.write_study(project, name, extends=f"{other}.yaml")
+    with pytest.raises(UserError, match=r"a.yaml: extends goes round in a circle \(a.yaml -> b.yaml -> c.yaml -> a.yaml\)"):
+        study.load("a")
 
 
 # -- the plan
@@ -150,7 +230,7 @@ def test_cost_and_experiments_need_no_grid(project):
         ("cost", {"model": model, "repeats": 2}, ()) for model in ("tiny", "other")
     ]
     toys.write_study(project, "both", cost={}, experiments={"ablations": 2}, **empty)
-    assert [job.stage for job in grid.plan(study.load("both"))] == ["cost", "experiments", "questions"]
+    assert [job.stage for job in grid.plan(study.load("both"))] == ["experiments", "cost", "questions"]
 
 
 def test_questions_wait_for_everything_that_they_show(project):
@@ -183,6 +263,45 @@ def test_recovery_tunes_the_dense_model_once_and_the_chosen_criteria(project, cr
     positions = list(plan)
     assert all(positions.index(name) < positions.index(job.reference) for job in plan.values() for name in job.depends_on)
     assert len(jobs(loaded, "evaluation")) == 4 + len(recoveries)
+
+
+def test_any_parameter_can_be_an_axis(project):
+    toys.write_study(project, "wide", axes={"calibration": {"n_windows": [2, 4]}, "evaluation": {"limit": [1, None]}})
+    loaded = study.load("wide")
+    counts = Counter(job.stage for job in loaded.jobs)
+    # Two seeds of two lengths; entropy from each, magnitude from those of the first seed; the dense model at either limit.
+    assert counts == {"calibration": 4, "scoring": 4, "pruning": 4 + 2, "evaluation": 2 * (1 + 6), "figures": 1}
+    by_reference = {job.reference: job for job in loaded.jobs}
+    for job in jobs(loaded, "evaluation"):
+        if job.parameters["reference"]:
+            assert by_reference[job.parameters["reference"]].parameters["limit"] == job.parameters["limit"]
+    labels = [job.label for job in jobs(loaded, "pruning")]
+    assert (
+        len(set(labels)) == 6 and "tiny, seed 0, n_windows 2, entropy, 0.2" in labels and "tiny, seed 0, entropy, 0.2" in labels
+    )
+
+
+def test_allocations_are_an_axis_and_suit_their_criteria(project):
+    toys.write_study(project, "wide", criteria=["entropy"], allocations=["uniform", {"global": {"floor": 0.5}, "as": "half"}])
+    assert [job.point.get("allocation") for job in jobs(study.load("wide"), "pruning")] == [None, None, "half", "half"]
+    toys.write_study(project, "wide", criteria=["entropy", "magnitude"], allocations=["global"])
+    with pytest.raises(UserError, match="criterion 'magnitude' are not comparable between layers"):
+        study.load("wide")
+    toys.write_study(project, "wide", allocations=["globel"])
+    with pytest.raises(UserError, match="did you mean 'global'"):
+        study.load("wide")
+
+
+def test_several_variants_of_a_criterion_are_several_criteria(project):
+    soft = {"self_distillation": {"alpha": 0.4}, "as": "soft"}
+    toys.write_study(project, "variants", criteria=["entropy", "self_distillation", soft, "random"], recovery={}, seeds=[0])
+    loaded = study.load("variants")
+    assert [job.parameters["criterion"] for job in jobs(loaded, "pruning")] == ["entropy", "self_distillation", "soft", "random"]
+    (scoring,) = jobs(loaded, "scoring")
+    assert scoring.parameters["criteria"] == ["entropy", "self_distillation", soft, "random"]
+    assert loaded.recovery_criteria == ["entropy", "self_distillation", "soft"]
+    toys.write_study(project, "variants", criteria=["entropy", "self_distillation", soft | {"as": "other"}], seeds=[0])
+    assert jobs(study.load("variants"), "scoring")[0].key != scoring.key
 
 
 def test_plan_table_has_one_row_per_job(project):

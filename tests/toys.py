@@ -12,13 +12,13 @@ CALIBRATION = (
     "(corpus, n_windows, seed, length)",
 )
 SCORING = (
-    'study: str = "toy"\nmodel: str = "tiny"\ncalibration: str = ""\ncriteria: list = ["entropy"]\nseed: int = 0\n'
+    'study: str = "toy"\nmodel: str = "tiny"\ncalibration: str = ""\ncriteria: list[str | dict] = ["entropy"]\nseed: int = 0\n'
     'dtype: str = "float32"\ndevice: str = "cpu"',
     "(read(run.inputs['calibration']), criteria)",
 )
 PRUNING = (
     'study: str = "toy"\nmodel: str = "tiny"\nscores: str = ""\ncriterion: str = "entropy"\nratio: float = 0.2\n'
-    'neuron_ratio: float = 0.0\nseed: int = 0\ndevice: str = "cpu"',
+    'neuron_ratio: float = 0.0\nallocation: str | dict = "uniform"\nseed: int = 0\ndevice: str = "cpu"',
     "(read(run.inputs['scores']), criterion, ratio)",
 )
 RECOVERY = (
@@ -37,7 +37,10 @@ FIGURES = (
     "[read(artifact) for artifact in run.inputs['evaluations']]",
 )
 COST = ('study: str = "toy"\nmodel: str = "tiny"\nrepeats: int = 3', "repeats")
-EXPERIMENTS = ('study: str = "toy"\nmodel: str = "tiny"\nablations: int = 4\nseed: int = 0', "ablations")
+EXPERIMENTS = (
+    'study: str = "toy"\nmodel: str = "tiny"\nablations: int = 4\ncriteria: list = ["entropy"]\nseed: int = 0',
+    "ablations",
+)
 QUESTIONS = (
     'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []\nexperiments: list = []',
     "[read(artifact) for artifact in run.inputs['experiments']]",

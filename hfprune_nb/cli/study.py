@@ -76,18 +76,18 @@ def add_study(groups) -> None:
 
 
 def _plan(options) -> int:
-    from hfprune_nb.runs import forecast, grid
+    from hfprune_nb.runs import forecast
+    from hfprune_nb.runs.parameters import edited
+    from hfprune_nb.runs.stages import STAGES
 
     loaded = _load(options)
-
-    table = forecast.forecast_table(loaded)
+    rows = forecast.by_stage(loaded)
     say(f"study {loaded.name}: {loaded.description}".rstrip(": "))
     say(f"  {'stage':<12} {'jobs':>5} {'done':>5} {'tokens':>9} {'alone':>9} {'memory':>8} {'disk':>9}")
-    for stage, row in table.iterrows():
+    for stage, row in rows.items():
         say(_plan_row(stage, row))
-    total = table.sum()
-    total["memory"] = table["memory"].max()
-    say(_plan_row("total", total))
+    total = {name: sum(row[name] for row in rows.values()) for name in ("jobs", "done", "tokens", "hours", "disk")}
+    say(_plan_row("total", total | {"memory": max(row["memory"] for row in rows.values())}))
     counts = sorted({1, loaded.run["workers"], *forecast.WORKERS})
     times = ", ".join(f"{number}: {forecast.in_words(forecast.hours(loaded, number))}" for number in counts)
     left = forecast.in_words(forecast.hours(loaded, loaded.run["workers"], only_missing=True))
@@ -96,7 +96,10 @@ def _plan(options) -> int:
     if late:
         minutes = loaded.run["timeout_minutes"]
         say(f"too long for run.timeout_minutes {minutes:g}: {len(late)} jobs, such as {late[0].stage} {late[0].label}")
-    kinds = sorted({forecast.device(job.parameters) for job in grid.plan(loaded) if "device" in job.parameters})
+    for stage in rows:
+        for name, (here, used) in edited(stage).items():
+            say(f"{STAGES[stage].notebook} was edited: {name} is {here!r} there; the study uses {used!r}")
+    kinds = sorted({forecast.device(job.parameters) for job in loaded.jobs if "device" in job.parameters})
     for kind in kinds:
         say(f"rates of the {kind}: {forecast.rates()['devices'][kind]['protocol']}")
     return 0
@@ -136,23 +139,13 @@ def _run(options) -> int:
         logger = logging.getLogger("hfprune_nb.runs")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    if any(outcome.state != "done" for outcome in status(loaded)):
-        _check_criteria(loaded.criteria)
-        if options.fetch:
-            _fetch_missing(loaded.assets)
+    if options.fetch and any(outcome.state != "done" for outcome in status(loaded)):
+        _fetch_missing(loaded.assets)
     summary = scheduler.run(loaded, options.workers, on_terminal, options.gpus)
     say(summary.text())
     if loaded.folder.is_dir():
         say(f"results: {loaded.folder}")
     return 0 if summary.ok else 1
-
-
-def _check_criteria(names: list[str]) -> None:
-    # Here and not in the study's loader, which must not wait for torch when everything is done.
-    from hfprune_nb import criteria
-
-    for name in names:
-        criteria.create(name)
 
 
 def _fetch_missing(names: list[str]) -> None:
@@ -176,11 +169,11 @@ def _status(options) -> int:
 
 
 def _verify(options) -> int:
-    from hfprune_nb.runs import grid, scheduler
+    from hfprune_nb.runs import scheduler
 
     loaded = _load(options)
     corrupt, summary = scheduler.verify(loaded, not options.dry_run, options.workers, progress=sys.stderr.isatty())
-    checked = sum((loaded.folder / job.reference).is_dir() for job in grid.plan(loaded))
+    checked = sum((loaded.folder / job.reference).is_dir() for job in loaded.jobs)
     if not corrupt:
         say(f"study {loaded.name}: {checked} artifacts, every byte as it was written")
         return 0

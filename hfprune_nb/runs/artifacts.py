@@ -31,15 +31,6 @@ def canonical(value) -> str:
         raise UserError(f"parameters must be plain finite numbers, strings, lists or mappings: {error}") from error
 
 
-def address(stage: str, parameters: dict) -> str:
-    """Return the key of a stage run: 16 hex digits of the SHA-256 of its parameters.
-
-    The parameter `study` never enters; references to other artifacts enter as they are.
-    """
-    named = {name: value for name, value in parameters.items() if name != "study"}
-    return hashlib.sha256(canonical([stage, named]).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class Artifact:
     """The finished or missing result of one stage run, in `folder` = `<study>/<stage>/<key>`."""

@@ -12,9 +12,6 @@ from hfprune_nb.files import read_json, write_json
 from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.stages import STAGES
 
-# Stages whose tables and figures are exported.
-SHOWN = ("recovery", "cost", "figures", "questions")
-
 # A line of a tqdm bar, as `held-out text:  41%|####      | 840/2048 [00:01<00:01, 812tok/s]`.
 PROGRESS = re.compile(r"\d+%\|.*\|.*\[.*\]|: \d+\S* \[\d\d:\d\d")
 
@@ -28,13 +25,13 @@ def is_exported(study, jobs) -> bool:
     """Return whether exactly the finished `jobs` of the study are exported."""
     folder = study.folder
     with contextlib.suppress(FileNotFoundError, ValueError):
-        same_study = (folder / "study.yaml").read_bytes() == study.path.read_bytes()
+        same_study = (folder / "study.yaml").read_text(encoding="utf-8") == study.text
         return same_study and (folder / "index.html").is_file() and read_json(folder / "cards.json") == _cards(study, jobs)
     return False
 
 
 def write(study, jobs) -> None:
-    """Copy the tables and figures of the finished `jobs` in `SHOWN` and render one notebook of each kind.
+    """Copy the tables and figures of the finished `jobs` of exported stages and render one notebook of each kind.
 
     Where a stage has several jobs, its files get the job's point into their names. Does nothing when exactly this is
     exported already, by another runner.
@@ -46,7 +43,7 @@ def write(study, jobs) -> None:
         (folder / kind).mkdir(exist_ok=True)
         for outdated in files(folder, kind, ""):
             outdated.unlink()
-    shown = [job for job in jobs if job.stage in SHOWN]
+    shown = [job for job in jobs if STAGES[job.stage].exported]
     for job in shown:
         alone = sum(other.stage == job.stage for other in shown) == 1
         point = "" if alone else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", job.label)
@@ -55,7 +52,7 @@ def write(study, jobs) -> None:
                 shutil.copyfile(path, folder / kind / f"{path.stem}{point}{path.suffix}")
     chosen = _representatives(study, jobs)
     _render(folder / "notebooks", {name: Artifact(folder / job.reference) for name, job in chosen.items()})
-    shutil.copyfile(study.path, folder / "study.yaml")
+    (folder / "study.yaml").write_text(study.text, encoding="utf-8")
     (folder / "index.html").write_text(_index(study), encoding="utf-8")
     write_json(folder / "cards.json", _cards(study, jobs))
 
@@ -66,9 +63,10 @@ def _cards(study, jobs) -> dict:
 
 
 def _representatives(study, jobs) -> dict:
-    """Return one job by notebook name: the first, or after pruning the entropy criterion at the middle ratio."""
-    ratios = sorted(study.ratios or study.neuron_ratios)
+    """Return one job by notebook name: the first, or of the last criterion, baselines apart, at the middle ratio."""
+    ratios = sorted(study.axes["pruning"].get("ratio") or study.axes["pruning"].get("neuron_ratio", []))
     middle = f"{ratios[len(ratios) // 2]:.4g}" if ratios else ""
+    criteria = [variant.name for variant in study.variants if not variant.criterion.baseline]
     chosen, typical = {}, set()
     for job in jobs:
         name = Path(STAGES[job.stage].notebook).stem
@@ -76,7 +74,7 @@ def _representatives(study, jobs) -> dict:
             name += "_dense"
         if job.stage == "evaluation" and "recovery" in job.point:
             name += "_tuned"
-        is_typical = job.point.get("criterion") == "entropy" and middle in job.point.values()
+        is_typical = job.point.get("criterion") in criteria[-1:] and middle in job.point.values()
         if name not in chosen or (is_typical and name not in typical):
             chosen[name] = job
         if is_typical:

@@ -9,7 +9,6 @@ worker while the others work too.
 import functools
 import heapq
 import math
-import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ import yaml
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
-from hfprune_nb.runs.grid import Job, plan
+from hfprune_nb.runs import keys
+from hfprune_nb.runs.grid import Job
+from hfprune_nb.runs.stages import STAGES
+from hfprune_nb.runs.stages.base import size as model_size
 from hfprune_nb.runs.status import status
 from hfprune_nb.runs.study import Study
 
-# Forward-equivalent passes of each criterion beyond the forward pass that they share.
-PASSES = {"one_hot_ce": 1, "entropy": 1, "self_distillation": 3, "magnitude": 0, "random": 0}
-TRAINING_PASSES = 3
 WORKERS = (1, 8, 64)
 
 
@@ -59,78 +58,20 @@ def _read(path: Path, modified: int) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def work(stage: str, parameters: dict, known: dict, ancestor: Callable[[str], dict]) -> tuple[float, float]:
-    """Return a stage run's work and its tokens.
-
-    The work is in parameter-tokens for stages that run a model, else in parameters (pruning), in evaluations shown (figures,
-    questions) or one (calibration). `ancestor` leads from a reference to that job's parameters. Cost and experiments
-    are counted in passes over their windows.
-    """
-    size = known["models"].get(parameters.get("model"), known["models"]["default"])
-    match stage:
-        case "scoring":
-            windows = ancestor(parameters["calibration"])
-            tokens = windows["n_windows"] * windows["seq_len"]
-            passes = 1 + sum(PASSES.get(name, 1) for name in parameters["criteria"])
-            return tokens * passes * size, tokens * passes
-        case "evaluation":
-            tokens = len(parameters["perplexity_corpora"]) * parameters["n_windows"] * parameters["seq_len"]
-            for name in parameters["tasks"]:
-                task = known["tasks"].get(name, known["tasks"]["default"])
-                tokens += min(parameters["limit"] or task["items"], task["items"]) * task["tokens"]
-            return tokens * size, tokens
-        case "recovery":
-            recipe, texts = known["recipes"][parameters["recipe"]], known["instructions"]
-            records = parameters["n_records"] or texts["records"].get(parameters["data"], texts["records"]["default"])
-            tokens = records * texts["tokens_per_record"] * (parameters["epochs"] or recipe["epochs"])
-            if parameters["max_steps"]:
-                rows = parameters["rows_per_step"] or recipe["rows_per_step"]
-                tokens = parameters["max_steps"] * rows * (parameters["seq_len"] or recipe["seq_len"])
-            return TRAINING_PASSES * tokens * size, tokens
-        case "experiments":
-            scored = (len(parameters["corpora"]) + 2) * (1 + len(parameters["criteria"]))
-            scored += 3 * len(parameters["student_ratios"])
-            groups = len(parameters["group_sizes"]) * (parameters["n_groups"] + len(parameters["criteria"]))
-            ablations = parameters["n_layers"] * (parameters["n_single"] + groups)
-            tokens = scored * parameters["n_windows"] * parameters["seq_len"]
-            tokens += ablations * parameters["truth_windows"] * parameters["truth_seq_len"]
-            return tokens * size, tokens
-        case "cost":
-            tokens = 20 * (parameters["repetitions"] + 1) * parameters["n_windows"] * parameters["seq_len"]
-            return tokens * size, tokens
-        case "pruning":
-            return size, 0
-        case "figures" | "questions":
-            return len(parameters["evaluations"]) or 1, 0
-    return 1, 0
-
-
 def need(stage: str, parameters: dict, known: dict, ancestor: Callable[[str], dict]) -> Need:
     """Return what a stage run needs, by the rates `known` (see `rates`)."""
     kind = device(parameters)
     rate = known["devices"].get(kind) or known["devices"]["cpu"]
-    amount, tokens = work(stage, parameters, known, ancestor)
-    size = known["models"].get(parameters.get("model"), known["models"]["default"])
-    seconds = rate["startup_seconds"] + amount * rate["seconds_per_unit"][stage]
+    amount, tokens = STAGES[stage].work(parameters, known, ancestor)
+    size = model_size(parameters, known)
+    seconds = rate["startup_seconds"] + amount * rate["seconds_per_unit"].get(stage, 0)
     memory = rate["base_gb"] + rate["gb_per_billion_parameters"].get(stage, 0) * size / 1e9
-    return Need(seconds, tokens, memory, _disk(stage, parameters, size, known))
+    return Need(seconds, tokens, memory, STAGES[stage].disk(parameters, size, known))
 
 
 def device(parameters: dict) -> str:
     """Return `gpu` or `cpu`: where a stage with these parameters runs its model, `auto` being decided by this machine."""
-    named = parameters.get("device", "cpu")
-    if named == "auto":
-        return "gpu" if shutil.which("nvidia-smi") else "cpu"
-    return "cpu" if named == "cpu" else "gpu"
-
-
-def _disk(stage: str, parameters: dict, size: float, known: dict) -> float:
-    """Return the GB that a stage run writes: scores and their snapshots, a checkpoint, else a notebook with its tables."""
-    if stage == "scoring":
-        return len(parameters["criteria"]) * known["neurons_per_parameter"] * size * 8 * 16 / 1e9
-    if parameters.get("save_checkpoint") and stage in ("pruning", "recovery"):
-        return 2 * size * (1 - parameters.get("ratio", 0)) / 1e9
-    return 0.002
+    return "cpu" if keys.device(parameters.get("device", "cpu")) == "cpu" else "gpu"
 
 
 def makespan(seconds: dict[str, float], depends_on: dict[str, tuple[str, ...]], workers: int) -> float:
@@ -157,9 +98,9 @@ def fit(studies: list[tuple[dict, float]], known: dict) -> dict:
             stage, parameters = card["stage"], card["parameters"]
             if device(parameters) != "cpu":
                 continue
-            amount, _ = work(stage, parameters, known, lambda reference, cards=cards: cards[reference]["parameters"])
+            amount, _ = STAGES[stage].work(parameters, known, lambda reference, cards=cards: cards[reference]["parameters"])
             seconds.setdefault(stage, []).append(card["seconds"] / amount)
-            size = known["models"].get(parameters.get("model"), known["models"]["default"])
+            size = model_size(parameters, known)
             memory.setdefault(stage, []).append(max(0.0, card["peak_memory_bytes"] / 1e9 - 0.6) / (size / 1e9))
     before = known["devices"]["cpu"]
     return before | {
@@ -232,7 +173,7 @@ def graph(study: Study) -> dict:
             "memory_mb": 1000 + math.ceil(1500 * wanted[job.reference].memory),
             "gpus": gpus_wanted(job.parameters),
         }
-        for job in plan(study)
+        for job in study.jobs
     ]
     return {"study": study.name, "folder": str(study.folder), "assets": study.assets, **study.run, "jobs": jobs}
 
@@ -244,7 +185,7 @@ def gpus_wanted(parameters: dict) -> int:
 
 def needs(study: Study) -> dict[str, Need]:
     """Return reference -> what that job of the study will need, by measured rates."""
-    jobs = {job.reference: job for job in plan(study)}
+    jobs = {job.reference: job for job in study.jobs}
     known = rates()
     return {
         name: need(job.stage, job.parameters, known, lambda reference: jobs[reference].parameters) for name, job in jobs.items()
@@ -256,19 +197,17 @@ def hours(study: Study, workers: int, only_missing: bool = False) -> float:
     wanted = needs(study)
     if only_missing:
         wanted = {outcome.job.reference: wanted[outcome.job.reference] for outcome in status(study) if outcome.state != "done"}
-    return total(wanted, {job.reference: job.depends_on for job in plan(study)}, workers)
+    return total(wanted, {job.reference: job.depends_on for job in study.jobs}, workers)
 
 
 def overdue(study: Study) -> list[Job]:
     """Return the jobs that by the forecast will be stopped by `run.timeout_minutes`."""
     wanted = needs(study)
-    return [job for job in plan(study) if wanted[job.reference].seconds > 60 * study.run["timeout_minutes"]]
+    return [job for job in study.jobs if wanted[job.reference].seconds > 60 * study.run["timeout_minutes"]]
 
 
-def forecast_table(study: Study):
-    """Return the forecast as a pandas DataFrame: one row per stage with jobs, done, tokens, hours of one worker, GB."""
-    import pandas as pd
-
+def by_stage(study: Study) -> dict[str, dict]:
+    """Return the forecast of a study: stage -> jobs, done, tokens, hours of one worker, GB of memory and of disk."""
     wanted, rows = needs(study), {}
     for outcome in status(study):
         each = wanted[outcome.job.reference]
@@ -279,4 +218,11 @@ def forecast_table(study: Study):
         row["hours"] += each.seconds / 3600
         row["memory"] = max(row["memory"], each.memory)
         row["disk"] += each.disk
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return rows
+
+
+def forecast_table(study: Study):
+    """Return `by_stage` as a pandas DataFrame."""
+    import pandas as pd
+
+    return pd.DataFrame.from_dict(by_stage(study), orient="index")

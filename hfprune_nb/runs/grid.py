@@ -1,12 +1,19 @@
 """A study's grid: every job with its parameters, what it waits for, and its key, before anything runs."""
 
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import stages
-from hfprune_nb.runs.artifacts import address
+from hfprune_nb.runs.keys import address
 from hfprune_nb.runs.parameters import complete
-from hfprune_nb.runs.study import WEIGHTS_ONLY, Study
+from hfprune_nb.runs.stages import STAGES
+
+# Coordinates that say what they are by themselves, and are shown also where they have the default's value.
+PLAIN = ("model", "criterion", "ratio", "neuron_ratio", "allocation", "compensation", "recovery")
+ALWAYS = ("seed", "criterion", "ratio", "neuron_ratio")
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,7 @@ class Job:
     depends_on: tuple[str, ...]
     point: dict = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The key of its artifact."""
         return address(self.stage, self.parameters)
@@ -31,81 +38,63 @@ class Job:
     @property
     def label(self) -> str:
         """Its point in words, such as `smollm2-135m, seed 0, entropy, 0.2`."""
-        words = [f"seed {value}" if name == "seed" else str(value) for name, value in self.point.items() if value != ""]
-        return ", ".join(words)
+        return ", ".join(str(value) if name in PLAIN else f"{name} {value}" for name, value in self.point.items())
 
 
-def plan(study: Study) -> list[Job]:
+class Grid:
+    """The jobs of a study while its stages plan them, one stage after the other."""
+
+    def __init__(self, study):
+        self.study = study
+        self.jobs: dict[str, Job] = {}
+
+    def of(self, stage: str) -> list[Job]:
+        """Return the jobs of a stage that are planned by now."""
+        return [job for job in self.jobs.values() if job.stage == stage]
+
+    def combinations(self, stage: str) -> Iterator[dict]:
+        """Yield the parameters of every combination of the study's axes at a stage; an empty one where it has none."""
+        axes = self.study.axes.get(stage, {})
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True))
+
+    def add(self, stage: str, point: dict, values: dict) -> Job:
+        """Add the job of a stage with these parameters, and return it: the same as before where it is there already.
+
+        point : where the jobs that it builds on stand in the grid; what the study's axes say of this stage is added.
+        """
+        parameters = complete(stage, self.study.sections[stage] | values)
+        defaults = complete(stage, self.study.sections[stage])
+        axes = self.study.axes.get(stage, {})
+        own = {name: shown(parameters[name]) for name in axes if name in ALWAYS or parameters[name] != defaults[name]}
+        inputs = [parameters[name] for name in STAGES[stage].inputs]
+        named = [name for given in inputs for name in (given if isinstance(given, list) else [given]) if name]
+        job = Job(stage, parameters, tuple(named), point | own)
+        return self.jobs.setdefault(job.reference, job)
+
+
+def shown(value):
+    """Return a value of an axis as it stands in a point: a ratio short, a variant by its name."""
+    if isinstance(value, dict):
+        return value.get("as") or next(iter(value))
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def plan(study) -> list[Job]:
     """Return the jobs of a study in the order in which ready ones are started; equal studies give equal plans.
 
-    Dense evaluations come first, because every other evaluation waits for one; the figures and the questions wait for
-    everything that they show. The dense model is tuned once, as the control of every tuned model.
+    Of those that wait for nothing, what most others wait for comes first; the last jobs show all others.
     """
-    jobs = {}
-
-    def add(name, point, depends_on=(), **values):
-        parameters = complete(name, study.sections[name] | values)
-        job = Job(name, parameters, tuple(depends_on), point)
-        return jobs.setdefault(job.reference, job).reference
-
-    for name in ("cost", "experiments"):
-        for model in study.models if name in study.sections else ():
-            add(name, {"model": model}, model=model)
-    if study.criteria:
-        _add_grid(study, add)
-    for name in ("figures", "questions"):
-        if name in study.sections and (study.criteria or name == "questions"):
-            lists = {
-                parameter: [reference for reference, job in jobs.items() if job.stage == given.stage]
-                for parameter, given in stages.STAGES[name].inputs.items()
-            }
-            add(name, {}, [reference for references in lists.values() for reference in references], **lists)
-    return list(jobs.values())
+    grid = Grid(study)
+    for name, stage in STAGES.items():
+        if name in study.sections and (stage.section or study.variants):
+            stage.plan(grid)
+    jobs = list(grid.jobs.values())
+    waited_for = Counter(name for job in jobs for name in job.depends_on)
+    return sorted(jobs, key=lambda job: (bool(job.depends_on), 0 if job.depends_on else -waited_for[job.reference]))
 
 
-def _add_grid(study: Study, add) -> None:
-    """Add calibration, scoring, pruning, recovery and evaluation of every model, seed, criterion and ratio."""
-    axis = "ratio" if study.ratios else "neuron_ratio"
-    chains = [(model, seed) for model in study.models for seed in study.seeds]
-    dense = {model: add("evaluation", {"model": model, "criterion": "dense"}, model=model) for model in study.models}
-    calibration, scores = {}, {}
-    for model, seed in chains:
-        calibration[model, seed] = add("calibration", {"model": model, "seed": seed}, model=model, seed=seed)
-    for model, seed in chains:
-        used = calibration[model, seed]
-        own = {"model": model, "seed": seed}
-        scores[model, seed] = add("scoring", own, [used], calibration=used, criteria=study.criteria, **own)
-    repairs = [{"compensation": kind} for kind in study.compensations] or [{}]
-    points = [
-        {"model": model, "seed": seed, "criterion": criterion, axis: ratio, **repair}
-        for model in study.models
-        for ratio in study.ratios or study.neuron_ratios
-        for criterion in study.criteria
-        for repair in repairs
-        for seed in (study.seeds[:1] if criterion in WEIGHTS_ONLY else study.seeds)
-    ]
-    pruned = []
-    for point in points:
-        used = scores[point["model"], point["seed"]]
-        values = {"ratio": 0.0, "neuron_ratio": 0.0} | point
-        point[axis] = f"{point[axis]:.4g}"
-        if point.get("compensation") == "none":
-            del point["compensation"]
-        pruned.append((point, add("pruning", point, [used], scores=used, **values)))
-    for point, used in pruned:
-        model = point["model"]
-        add("evaluation", point, [used, dense[model]], model=model, pruned=used, reference=dense[model])
-    if "recovery" in study.sections:
-        untuned = [({"model": model, "criterion": "dense"}, "") for model in study.models]
-        untuned += [(point, used) for point, used in pruned if point["criterion"] in study.recovery_criteria]
-        for point, used in untuned:
-            point, model = point | {"recovery": "tuned"}, point["model"]
-            tuned = add("recovery", point, [used] if used else [], model=model, pruned=used)
-            given = {"pruned": used, "recovered": tuned, "reference": dense[model]}
-            add("evaluation", point, filter(None, given.values()), model=model, **given)
-
-
-def find_job(study: Study, reference: str) -> Job:
+def find_job(study, reference: str) -> Job:
     """Return the job of a study that is called `stage/key`; raises UserError when it has none."""
     for job in plan(study):
         if job.reference == reference:
@@ -117,7 +106,7 @@ def without(job: Job, lost: list[str]) -> Job | None:
     """Return `job` without the list entries that were lost, or None when it cannot run without them."""
     if not lost:
         return job
-    inputs = stages.STAGES[job.stage].inputs
+    inputs = STAGES[job.stage].inputs
     parameters = dict(job.parameters)
     for name, given in inputs.items():
         if given.many:

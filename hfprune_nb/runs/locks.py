@@ -64,14 +64,15 @@ class Lock:
         told = False
         while not self.take():
             if not told:
-                log.warning("%s is being computed by %s: waiting for it", self.path.name.split(".")[1], self.owner())
+                name = f"{self.path.parent.name}/{self.path.name.split('.')[1]}"
+                log.warning("%s is being computed by %s: waiting for it; to go on here, interrupt it there", name, self.owner())
                 told = True
             time.sleep(POLL_SECONDS)
 
-    def release(self) -> None:
-        """Give the lock back, once for every time it was taken; an inherited one stays with its owner."""
+    def release(self, everything: bool = False) -> None:
+        """Give the lock back, once for every time it was taken, or at once; an inherited one stays with its owner."""
         if not self._token:
-            self._lease.release()
+            self._lease.release(force=everything)
 
     def taken(self) -> bool:
         """Whether somebody else works under this lock right now."""

@@ -7,6 +7,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
@@ -83,20 +85,54 @@ def check_parameters(notebook: Path, parameters: dict) -> dict:
             checked[name] = _convert(value, ast.parse(kind, mode="eval").body)
         except TypeError:
             given = f"{type(value).__name__} {value!r}"
-            raise UserError(f"parameter {name!r} of {Path(notebook).name} must be {kind}, not {given}") from None
+            remedy = ": write [...], with papermill's -y" if kind.startswith("list") and isinstance(value, str) else ""
+            raise UserError(f"parameter {name!r} of {Path(notebook).name} must be {kind}, not {given}{remedy}") from None
     return checked
 
 
-def complete(stage: str, parameters: dict) -> dict:
-    """Return all parameters of a stage except `study`: the given ones checked, the others at their defaults."""
+def complete(stage: str, parameters: dict, exploring: bool = False) -> dict:
+    """Return all parameters of a stage except `study`: the given ones checked, the others at their declared defaults.
+
+    With `exploring` the others are as the notebook says now, edits included.
+    """
     notebook = notebook_path(stage)
     values = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()}
+    if not exploring:
+        values |= declared(stage) or {}
     values |= check_parameters(notebook, parameters)
     values.pop("study", None)
     for name, given in STAGES[stage].inputs.items():
         if given.many:
             values[name] = sorted(values[name])
+    STAGES[stage].check(values)
     return values
+
+
+def declared(stage: str) -> dict | None:
+    """Return the defaults of a stage as `notebooks/defaults.yaml` declares them, or None where it does not name the stage.
+
+    A study takes its defaults from there, so that a notebook can be explored without changing any study, and what is at its
+    default is no part of a key. Raises UserError when notebook and declaration do not have the same parameters.
+    """
+    file = paths.notebooks() / "defaults.yaml"
+    if not file.is_file() or stage not in (content := _read_defaults(file, file.stat().st_mtime_ns)):
+        return None
+    notebook = notebook_path(stage)
+    if differ := sorted(content[stage].keys() ^ (notebook_parameters(notebook).keys() - {"study"})):
+        raise UserError(f"parameter {differ[0]!r} stands in one of {notebook.name} and {file.name} only: both must have it")
+    return content[stage]
+
+
+def edited(stage: str) -> dict:
+    """Return the parameters of a stage whose defaults were edited in the notebook: name -> (the notebook's, the declared one)."""
+    notebook = notebook_parameters(notebook_path(stage))
+    pairs = {name: (notebook[name].default, value) for name, value in (declared(stage) or {}).items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@functools.lru_cache(maxsize=4)
+def _read_defaults(file: Path, modified: int) -> dict:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def refuse_unknown(names, notebook: Path) -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
 from hfprune_nb.progress import bar as progress_bar
-from hfprune_nb.runs import export, kernel, stage, stages
+from hfprune_nb.runs import export, kernel, stage
 from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.grid import Job, find_job, plan, without
 from hfprune_nb.runs.locks import POLL_SECONDS, Lock
+from hfprune_nb.runs.stages import STAGES
 from hfprune_nb.runs.status import Outcome, Summary, is_finished, status
 from hfprune_nb.runs.study import Study
 from hfprune_nb.runs.worker import arguments, leave_interrupts_to_parent, work
@@ -118,7 +119,7 @@ def removable(study: Study, everything: bool = False) -> list[Path]:
     if everything:
         return [study.folder] if study.folder.is_dir() else []
     # Exported pictures share a folder with the artifacts of the figures stage, so that folder itself stays.
-    entries = [path for name in stages.STAGES for path in sorted((study.folder / name).glob("*"))]
+    entries = [path for name in STAGES for path in sorted((study.folder / name).glob("*"))]
     return [path for path in entries if path.is_dir() or path.suffix == ".ipynb" or path.name.startswith(".")]
 
 
@@ -127,7 +128,7 @@ def clean(study: Study, everything: bool = False) -> list[Path]:
     removed = removable(study, everything)
     for path in removed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in stages.STAGES:
+    for name in STAGES:
         with contextlib.suppress(OSError):
             (study.folder / name).rmdir()
     return removed

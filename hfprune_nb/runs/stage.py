@@ -1,7 +1,7 @@
 """Stages: one notebook each, checked before it starts, addressed by its parameters, executed by papermill.
 
-A notebook calls `start` right after its parameters cell. That cell is the single source of names, types and defaults:
-notebooks, command line and study file are checked against it, because papermill only warns about a misspelt name.
+A notebook calls `start` right after its parameters cell. Notebooks, command line and study file are checked against the names and
+types in that cell, because papermill only warns about a misspelt name.
 """
 
 import ast
@@ -17,7 +17,9 @@ from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.progress import PROGRESS_FILE
 from hfprune_nb.runs import kernel
-from hfprune_nb.runs.artifacts import Artifact, Writer, address, finished, open_artifact
+from hfprune_nb.runs.artifacts import Artifact, Writer, finished, open_artifact
+from hfprune_nb.runs.grid import shown
+from hfprune_nb.runs.keys import address
 from hfprune_nb.runs.locks import Lock
 from hfprune_nb.runs.parameters import complete, notebook_parameters, notebook_path, refuse_unknown
 from hfprune_nb.runs.provenance import peak_memory, surroundings
@@ -75,6 +77,10 @@ class Run:
         if not self.done:
             self._begin()
         self._started = datetime.now(UTC)
+        self._left = None
+        if shell := _shell():
+            shell.events.register("pre_run_cell", lambda _: self.done or self._lock.held or self._lock.take())
+            shell.events.register("post_run_cell", lambda result: result.success or self.done or self._leave())
 
     @property
     def folder(self) -> Path:
@@ -93,6 +99,15 @@ class Run:
         if self.done:
             self._lock.release()
 
+    def _leave(self) -> None:
+        """Let others compute this while the kernel idles after an error or an interrupt; the next cell takes the lock again."""
+        self._left = self._writer.partial.stat().st_ino if self._writer.partial.is_dir() else None
+        self._lock.release(everything=True)
+
+    def _is_ours(self) -> bool:
+        """Whether the lock is held and nobody has cleared away the files that were written before it was left."""
+        return self._lock.held and self._left in (None, self._writer.partial.stat().st_ino)
+
     def scratch(self) -> Path:
         """Return a folder for what a killed run can go on from; it outlives failures and goes when the run is finished."""
         folder = scratch_folder(self.artifact)
@@ -108,10 +123,10 @@ class Run:
         if not self.done:
             used = [used for given in self.inputs.values() for used in (given if isinstance(given, list) else [given])]
             inputs = {artifact.reference: artifact.digest for artifact in used if artifact}
-            self._writer.finish(self.parameters, inputs, self._card(facts), allowed=lambda: self._lock.held)
+            self._writer.finish(self.parameters, inputs, self._card(facts), allowed=self._is_ours)
             self.done = True
             shutil.rmtree(scratch_folder(self.artifact), ignore_errors=True)
-            self._lock.release()
+            self._lock.release(everything=True)
         return self.artifact
 
     def describe(self) -> str:
@@ -244,6 +259,12 @@ def _resolve(stage: str, study: str, values: dict) -> dict:
             resolved[name] = [artifact.reference for artifact in finished(folder, given.stage)]
         elif not given.optional and _wanted(given, resolved):
             resolved[name] = _make_input(given, study, values, STAGES[stage].inputs)
+    lists = {name: given.stage for name, given in STAGES[stage].inputs.items() if given.many}
+    if lists and not any(resolved[name] for name in lists):
+        source = next(iter(lists.values()))
+        known = sorted({path.parts[-4] for path in paths.results().glob(f"*/{source}/*/DONE")})
+        choice = f"set study to {' or '.join(known)}, or run" if known else "run"
+        raise UserError(f"study {study!r} has no finished {source} to show: {choice} {STAGES[source].notebook} first")
     return resolved
 
 
@@ -275,16 +296,37 @@ def _refuse_other_run(name: str, given: Input, opened: list[Artifact], values: d
 
 def _make_input(given: Input, study: str, values: dict, own_inputs: dict) -> str:
     passed = [name for name in values if name not in own_inputs] if EVERYTHING in given.passes else given.passes
-    upstream = complete(given.stage, {name: values[name] for name in passed if name in values})
-    upstream = _resolve(given.stage, study, upstream)
+    handed = {name: values[name] for name in passed if name in values}
+    if given.within:
+        if serving := _with_more(given, study, values, handed):
+            return serving
+        handed[given.within[1]] = [values[given.within[0]]]
+    upstream = _resolve(given.stage, study, complete(given.stage, handed, exploring=True))
     artifact = Artifact(study_folder(study) / given.stage / address(given.stage, upstream))
     return artifact.reference if artifact.current else execute(given.stage, study, upstream).reference
 
 
+def _with_more(given: Input, study: str, values: dict, handed: dict) -> str | None:
+    """Return a finished artifact that holds what `given` asks for besides other things, and agrees in all else."""
+    own, theirs = given.within
+    for artifact in finished(study_folder(study), given.stage):
+        made = artifact.parameters
+        names = [shown(entry) for entry in made[theirs]]
+        inputs = {name: made[name] for name in STAGES[given.stage].inputs}
+        wanted = complete(given.stage, handed | inputs | {theirs: made[theirs]}, exploring=True)
+        if values[own] in names and address(given.stage, wanted) == address(given.stage, made) and artifact.current:
+            return artifact.reference
+    return None
+
+
+def _shell():
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
 def _injected_names() -> set[str]:
     """Return the names that papermill assigned in this kernel: its own command line lets misspelt ones pass."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell = _shell()
     sources = shell.user_ns.get("In", []) if shell else []
     injected = [line for source in sources if source.startswith("# Parameters\n") for line in ast.parse(source).body]
     return {line.targets[0].id for line in injected if isinstance(line, ast.Assign)}

@@ -6,7 +6,7 @@ from hfprune_nb.files import read_json
 from hfprune_nb.progress import told
 from hfprune_nb.runs import stage
 from hfprune_nb.runs.artifacts import Artifact
-from hfprune_nb.runs.grid import Job, plan
+from hfprune_nb.runs.grid import Job
 from hfprune_nb.runs.study import Study
 
 
@@ -59,7 +59,7 @@ class Summary:
 
 def status(study: Study) -> list[Outcome]:
     """Return the state of every job as the files tell it: `done`, `failed` with its error, `running` or `waiting`."""
-    return [_state(study, job) for job in plan(study)]
+    return [_state(study, job) for job in study.jobs]
 
 
 def plan_table(study: Study):

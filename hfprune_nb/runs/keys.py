@@ -1,0 +1,108 @@
+"""Keys: the address of a stage run, made of everything that decides its result.
+
+That is: the stage and its version; the parameters that differ from their declared defaults, so that one more parameter moves no
+result; the device, `auto` being decided first; local files and folders by their content; and the code of what the parameters
+choose, such as a criterion's, without its comments and words.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+
+from hfprune_nb import paths
+from hfprune_nb.files import sha256
+from hfprune_nb.runs.artifacts import canonical
+from hfprune_nb.runs.parameters import declared
+from hfprune_nb.runs.stages import STAGES
+
+# What of a model's folder decides what the model is; trainers leave other and larger files beside it.
+MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".py", ".jinja"}
+# Assignments of a class that are words for readers.
+WORDS = {"label", "source", "unit", "rank"}
+
+
+def address(stage: str, parameters: dict) -> str:
+    """Return the key of a stage run with complete parameters: 16 hex digits.
+
+    The parameter `study` never enters; references to other artifacts enter as they are.
+    """
+    own, defaults = STAGES[stage], declared(stage) or {}
+    chosen = {name: value for name, value in parameters.items() if name != "study" and value != defaults.get(name, ...)}
+    if "device" in parameters:
+        chosen["device"] = device(parameters["device"])
+    for name in own.files:
+        if name in parameters and (found := _contents(parameters[name])) != parameters[name]:
+            chosen[name] = found
+    code = {name: _content(path) for name, path in own.sources(parameters).items()}
+    version = [own.version] if own.version > 1 else []
+    return hashlib.sha256(canonical([stage, *version, chosen, *filter(None, [code])]).encode()).hexdigest()[:16]
+
+
+def device(named: str) -> str:
+    """Return the device that `auto` means on this machine, without loading torch; other names as they are."""
+    if named != "auto":
+        return named
+    return "cuda" if shutil.which("nvidia-smi") and "+cpu" not in importlib.metadata.version("torch") else "cpu"
+
+
+def local_path(name: str) -> Path | None:
+    """Return the file or folder that a parameter names, looked up in the working directory and in the project, or None."""
+    places = [Path(name).expanduser(), paths.project() / name] if name else []
+    return next((place for place in places if place.exists()), None)
+
+
+def _contents(value):
+    if isinstance(value, list):
+        return [_contents(each) for each in value]
+    path = local_path(value)
+    return [path.name, _content(path)] if path else value
+
+
+def _content(path: Path) -> str:
+    """Return the hash of a file's content, or of the files that make a model's folder."""
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix in MODEL_SUFFIXES and file.is_file()]
+        return hashlib.sha256(canonical({file.name: _content(file) for file in files}).encode()).hexdigest()[:16]
+    state = path.stat()
+    return _hashed(str(path.resolve()), state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _hashed(path: str, size: int, modified: int) -> str:
+    if path.endswith(".py"):
+        return code_hash(Path(path).read_text(encoding="utf-8"))
+    if size < 2**20:
+        return sha256(Path(path))[:16]
+    # Hashing a large model takes a while: once for each state of its files, as size and time tell it.
+    memory = paths.cache() / "hashes" / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        if (known := json.loads(memory.read_text(encoding="utf-8")))["state"] == [size, modified]:
+            return known["hash"]
+    found = sha256(Path(path))[:16]
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the answer
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        complete = memory.with_suffix(f".{os.getpid()}")
+        complete.write_text(json.dumps({"path": path, "state": [size, modified], "hash": found}), encoding="utf-8")
+        complete.replace(memory)
+    return found
+
+
+def code_hash(text: str) -> str:
+    """Return the hash of a Python source that stays the same when comments, docstrings, layout or a class's words change."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [line for line in node.body if not _is_words(line)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _is_words(line: ast.stmt) -> bool:
+    if isinstance(line, ast.Expr):
+        return isinstance(line.value, ast.Constant)
+    return isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in WORDS

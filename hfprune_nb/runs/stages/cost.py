@@ -1,0 +1,17 @@
+"""Stage 07: what scoring and generation cost."""
+
+from hfprune_nb.runs.stages.base import Stage, size
+
+
+class Cost(Stage):
+    """One job for each model; it needs no criteria."""
+
+    name = "cost"
+    notebook = "07_cost.ipynb"
+    section = "cost"
+    exported = True
+    files = ("model", "corpus")
+
+    def work(self, parameters, known, ancestor):
+        tokens = 20 * (parameters["repetitions"] + 1) * parameters["n_windows"] * parameters["seq_len"]
+        return tokens * size(parameters, known), tokens

@@ -1,0 +1,28 @@
+"""Stage 08: ablations, calibration texts and gradients, measured on the dense model."""
+
+from hfprune_nb import criteria
+from hfprune_nb.runs.stages.base import Stage, size, source
+
+
+class Experiments(Stage):
+    """One job for each model."""
+
+    name = "experiments"
+    notebook = "08_experiments.ipynb"
+    section = "experiments"
+    files = ("model", "corpora")
+
+    def check(self, values):
+        criteria.variants(values["criteria"])
+
+    def sources(self, parameters):
+        return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
+
+    def work(self, parameters, known, ancestor):
+        scored = (len(parameters["corpora"]) + 2) * (1 + len(parameters["criteria"]))
+        scored += 3 * len(parameters["student_ratios"])
+        groups = len(parameters["group_sizes"]) * (parameters["n_groups"] + len(parameters["criteria"]))
+        ablations = parameters["n_layers"] * (parameters["n_single"] + groups)
+        tokens = scored * parameters["n_windows"] * parameters["seq_len"]
+        tokens += ablations * parameters["truth_windows"] * parameters["truth_seq_len"]
+        return tokens * size(parameters, known), tokens

@@ -1,0 +1,57 @@
+"""Stage 03: from scores to a narrower model."""
+
+from hfprune_nb import allocations
+from hfprune_nb.errors import UserError
+from hfprune_nb.runs.stages.base import Input, Stage, size, source
+
+
+class Pruning(Stage):
+    """One job for each scoring, criterion, ratio, allocation and compensation."""
+
+    name = "pruning"
+    notebook = "03_pruning.ipynb"
+    inputs = {"scores": Input("scoring", passes=("model", "seed", "device"), within=("criterion", "criteria"))}
+    axes = {
+        "criteria": "criterion",
+        "ratios": "ratio",
+        "neuron_ratios": "neuron_ratio",
+        "allocations": "allocation",
+        "compensations": "compensation",
+    }
+    grid = ("model", "seed")
+
+    def check(self, values):
+        allocations.variants(values["allocation"])
+        ratios = {name: values[name] for name in ("ratio", "neuron_ratio") if values[name]}
+        for name, value in ratios.items():
+            if not 0 < value < 1:
+                raise UserError(f"{name} {value:g} must lie between 0 and 1: write 20 % as 0.2")
+        if len(ratios) != 1:
+            raise UserError("give either ratio (of all parameters) or neuron_ratio (of the MLP neurons), and 0 for the other")
+
+    def plan(self, grid):
+        seeds = grid.study.axes["calibration"].get("seed", [])
+        for values in grid.combinations(self.name):
+            variant = grid.study.variant(values["criterion"])
+            if "allocation" in values:
+                allocations.check(allocations.variants(values["allocation"])[0], variant)
+            for job in grid.of("scoring"):
+                # One seed says all about a criterion that reads weights alone.
+                if variant.criterion.seeded or job.point["seed"] == seeds[0]:
+                    own = {"model": job.point["model"], "seed": job.point["seed"], "scores": job.reference}
+                    grid.add(self.name, job.point, {"ratio": 0.0, "neuron_ratio": 0.0} | own | values)
+
+    def sources(self, parameters):
+        (variant,) = allocations.variants(parameters["allocation"])
+        return {variant.name: source(variant.member)}
+
+    def work(self, parameters, known, ancestor):
+        return size(parameters, known), 0
+
+    def disk(self, parameters, size, known):
+        return checkpoint(parameters, size)
+
+
+def checkpoint(parameters: dict, size: float) -> float:
+    """Return the GB of a half-precision checkpoint, if one is written."""
+    return 2 * size * (1 - parameters.get("ratio", 0)) / 1e9 if parameters.get("save_checkpoint") else 0.002

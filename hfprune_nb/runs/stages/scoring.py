@@ -1,0 +1,33 @@
+"""Stage 02: the importance of every neuron by every criterion."""
+
+from hfprune_nb import criteria
+from hfprune_nb.runs.stages.base import Input, Stage, size, source
+
+
+class Scoring(Stage):
+    """One job for each calibration; it scores all criteria of the study."""
+
+    name = "scoring"
+    notebook = "02_scoring.ipynb"
+    inputs = {"calibration": Input("calibration", passes=("model", "seed"))}
+    grid = ("model", "seed", "criteria")
+
+    def check(self, values):
+        criteria.variants(values["criteria"])
+
+    def common(self, study):
+        return {"criteria": [variant.spec for variant in study.variants]}
+
+    def sources(self, parameters):
+        return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
+
+    def work(self, parameters, known, ancestor):
+        windows = ancestor(parameters["calibration"])
+        tokens = windows["n_windows"] * windows["seq_len"]
+        passes = [variant.passes for variant in criteria.variants(parameters["criteria"])]
+        # One forward pass of the dense model serves all criteria.
+        count = any(each.forward for each in passes) + sum(max(0, each.forward - 1) + each.backward for each in passes)
+        return tokens * count * size(parameters, known), tokens * count
+
+    def disk(self, parameters, size, known):
+        return len(parameters["criteria"]) * known["neurons_per_parameter"] * size * 8 * 16 / 1e9
