@@ -4,14 +4,15 @@ A window is `seq_len` consecutive tokens of one document; a document gives one w
 Everything random comes from `seed`: the same arguments give the same bytes.
 """
 
+import difflib
 import gzip
 import hashlib
 import itertools
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +20,11 @@ import numpy as np
 import pandas as pd
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, benchmarks, chat, tokenization
+from hfprune_nb.inputs import assets, benchmarks, chat, hub_data, tokenization
+from hfprune_nb.progress import bar as progress_bar
 
 SPLITS = ("calibration", "evaluation")
 TASK_PROMPTS = "task-prompts"
@@ -31,10 +32,10 @@ TEXT_CORPORA = ("c4", "c4-sample", "wikitext", TASK_PROMPTS)
 LOCAL_SUFFIXES = (".txt", *text_files.RECORD_SUFFIXES)
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
-SHUFFLE_BUFFER = 10_000
 TOKENIZER_BATCH = 64
 # So many records without the text's column are no accident.
 RECORDS_WITHOUT_COLUMN = 1000
+CHECKPOINT_EVERY = 4096  # windows between two savings
 
 
 @dataclass
@@ -97,7 +98,7 @@ def documents(
     """Yield the documents of a corpus in an order shuffled by `seed`, those of its calibration or its evaluation split.
 
     corpus        calibration                     evaluation
-    `c4`          hub, allenai/c4 en train        its validation split; both streamed, shuffled in a buffer
+    `c4`          hub, allenai/c4 en train        its validation split; of both, whole files chosen by `seed`
     `c4-sample`   asset c4-calibration            asset c4-held-out less the documents that both have
     `wikitext`    WikiText-2 raw train, by page   its test pages
     task-prompts  none                            prompts of six local benchmarks in turns, without any answer
@@ -118,9 +119,7 @@ def documents(
     if chat_tokenizer is not None and (corpus in TEXT_CORPORA or text_files.suffix(corpus) == ".txt"):
         raise UserError(f"corpus {corpus!r} holds plain text and no conversations: set chat_template=False")
     if corpus == "c4":
-        return _texts(
-            _from_hub("allenai/c4:en", {"calibration": "train", "evaluation": "validation"}[split], seed), "text", "corpus c4"
-        )
+        return _hub_dataset("allenai/c4:en", split, "text", seed, None, passed_over)
     if corpus == "c4-sample":
         return _shuffled(_c4_sample(split), seed)
     if corpus == "wikitext":
@@ -148,6 +147,7 @@ def windows(
     text_column: str = "text",
     chat_template: bool = False,
     progress: bool = True,
+    scratch: Path | None = None,
 ) -> Windows:
     """Cut one window of `seq_len` tokens at a random place out of each of `n_windows` documents.
 
@@ -155,6 +155,7 @@ def windows(
     than a window, and repeated ones, are passed over. Every window begins with what `tokenization.prefix` gives for `bos`, and
     the text gives so many tokens less. No other special token is added, nothing is padded.
     chat_template : `text_column` holds conversations, which the tokenizer's chat template renders.
+    scratch : a folder from which a run with the same arguments that was killed goes on.
     Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer lacks what is asked.
     """
     corpus = str(corpus)
@@ -165,27 +166,45 @@ def windows(
     text_length = seq_len - len(prefix)
     # A stream of its own, so that window starts do not depend on how the documents were shuffled.
     random = np.random.default_rng([seed, 1])
-    rows, chosen = [], Windows(np.empty((0, seq_len), dtype=np.int64))
-    longest, passed_over = 0, Counter()
+    found, passed_over, read = Windows(np.empty((0, seq_len), dtype=np.int32)), Counter(), 0
+    rows, longest, short = [], 0, "shorter than a window"
+    checkpoint = scratch / "windows.partial.safetensors" if scratch else None
+    if checkpoint and checkpoint.is_file():
+        with safe_open(checkpoint, "numpy") as saved:
+            rows, state = list(saved.get_tensor("ids")), json.loads(saved.metadata()["state"])
+        read, longest, random.bit_generator.state = state["read"], state["longest"], state["random"]
+        passed_over[short] = state["short"]
+        found.document_hashes, found.starts, found.document_lengths = state["table"]
     texts = documents(corpus, split, text_column, seed, tokenizer if chat_template else None, passed_over)
-    bar = tqdm(total=n_windows, desc=f"{corpus} {split}", unit="window", disable=not progress)
-    with bar:
-        for digest, ids in _tokenized(tokenizer, texts, chat_template, passed_over):
+    with progress_bar(n_windows, "window", f"{corpus} {split}", enabled=progress) as bar:
+        bar.n = bar.initial = bar.last_print_n = len(rows)
+        began, read_before = time.monotonic(), read
+        for digest, ids in _tokenized(tokenizer, texts, chat_template, passed_over, read):
+            read += 1
             # A rendered conversation brings its own BOS.
             ids = ids[len(prefix) :] if chat_template and ids[: len(prefix)] == prefix else ids
             longest = max(longest, len(ids))
             if len(ids) < text_length:
-                passed_over["shorter than a window"] += 1
+                passed_over[short] += 1
                 continue
             start = int(random.integers(len(ids) - text_length + 1))
-            rows.append(prefix + ids[start : start + text_length])
-            chosen.document_hashes.append(digest)
-            chosen.starts.append(start)
-            chosen.document_lengths.append(len(ids))
+            rows.append(np.array(prefix + ids[start : start + text_length], dtype=np.int32))
+            found.document_hashes.append(digest)
+            found.starts.append(start)
+            found.document_lengths.append(len(ids))
+            speed = (read - read_before) / max(time.monotonic() - began, 1e-9)
+            bar.set_description_str(f"{corpus} {split}, {read:,} documents at {speed:,.0f} a second", refresh=False)
             bar.update()
             if len(rows) == n_windows:
-                chosen.ids, chosen.passed_over = np.array(rows, dtype=np.int64), dict(passed_over)
-                return chosen
+                found.ids, found.passed_over = np.stack(rows).astype(np.int64), dict(passed_over)
+                return found
+            if checkpoint and len(rows) % CHECKPOINT_EVERY == 0:
+                table = [found.document_hashes, found.starts, found.document_lengths]
+                state = {"read": read, "longest": longest, "short": passed_over[short], "table": table}
+                state["random"] = random.bit_generator.state
+                partial = checkpoint.with_suffix(".new")
+                save_file({"ids": np.stack(rows)}, partial, {"state": json.dumps(state)})
+                partial.replace(checkpoint)
     if longest == 0:
         raise UserError(f"corpus {corpus!r} is empty: its {split} split has no text, choose another corpus")
     unit = "; a .txt document ends at a blank line" if text_files.suffix(corpus) == ".txt" else ""
@@ -227,8 +246,10 @@ def token_statistics(windows: Windows, tokenizer) -> pd.DataFrame:
     )
 
 
-def _tokenized(tokenizer, texts: Iterable[str], control_tokens: bool, passed_over: Counter) -> Iterator[tuple[str, list[int]]]:
-    """Yield (document hash, token ids) of every distinct, non-empty document, tokenised in batches."""
+def _tokenized(
+    tokenizer, texts: Iterable[str], control_tokens: bool, passed_over: Counter, skipped: int = 0
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield (document hash, token ids) of every distinct, non-empty document but the first `skipped`, tokenised in batches."""
     seen = set()
     texts = iter(texts)
     while batch := list(itertools.islice(texts, TOKENIZER_BATCH)):
@@ -241,6 +262,8 @@ def _tokenized(tokenizer, texts: Iterable[str], control_tokens: bool, passed_ove
             else:
                 seen.add(digest)
                 fresh[digest] = text
+        passed, fresh = min(skipped, len(fresh)), dict(itertools.islice(fresh.items(), skipped, None))
+        skipped -= passed
         if fresh:
             encoded = tokenization.encode(tokenizer, list(fresh.values()), control_tokens)
             yield from zip(fresh, encoded["input_ids"], strict=True)
@@ -333,44 +356,18 @@ def _texts(
 
 
 def _hub_dataset(corpus: str, split: str, text_column: str, seed: int, chat_tokenizer, passed_over: Counter) -> Iterator[str]:
-    from datasets import get_dataset_split_names
-
+    if "/" not in corpus and (near := difflib.get_close_matches(corpus, TEXT_CORPORA, n=1)):
+        raise UserError(f"corpus {corpus!r} is unknown: did you mean {near[0]}? A data set of the hub has the form OWNER/NAME.")
     repository, _, rest = corpus.partition(":")
     configuration, _, chosen = rest.partition(":")
-    with _hub_errors(corpus):
-        names = get_dataset_split_names(repository, configuration or None)
-    held_out = next((name for name in ("validation", "test") if name in names and not chosen), None)
+    data = hub_data.find(f"{repository}:{configuration}")
+    held_out = next((name for name in ("validation", "test") if name in data.splits and not chosen), None)
     hub_split = chosen or (held_out if held_out and split == "evaluation" else "train")
-    if hub_split not in names:
+    if hub_split not in data.splits:
+        names = list(data.splits)
         raise UserError(
             f"corpus {corpus!r} has no split {hub_split!r}: name one of {', '.join(names)}, as in {repository}:{configuration}:"
             f"{names[0]}, of which one document in ten is then held out"
         )
-    source = f"{repository}:{configuration}" if configuration else repository
-    texts = _texts(_from_hub(source, hub_split, seed), text_column, f"corpus {corpus!r}", chat_tokenizer, passed_over)
+    texts = _texts(hub_data.records(data, hub_split, seed), text_column, f"corpus {corpus!r}", chat_tokenizer, passed_over)
     return texts if held_out else _share(texts, split)
-
-
-def _from_hub(corpus: str, hub_split: str, seed: int) -> Iterator[tuple[str, dict]]:
-    """Yield the records of a hub data set and where each stands."""
-    from datasets import load_dataset
-
-    repository, _, configuration = corpus.partition(":")
-    with _hub_errors(corpus):
-        stream = load_dataset(repository, configuration or None, split=hub_split, streaming=True)
-        for number, record in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), 1):
-            yield f"corpus {corpus!r}, record {number} of its {hub_split} split", record
-
-
-@contextmanager
-def _hub_errors(corpus: str) -> Iterator[None]:
-    """Turn whatever the hub's client raises into one sentence; its many exception types share no base class."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"corpus {corpus!r} is neither c4-sample, wikitext, {TASK_PROMPTS} nor a local file, and the hub did not give it "
-            f"({type(error).__name__}): check the name and the connection, or choose one of those"
-        ) from error

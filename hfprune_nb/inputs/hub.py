@@ -3,13 +3,16 @@
 Everything is downloaded whole into the client's own cache and read from there, so that a second run asks the hub for nothing.
 """
 
+import collections
 import contextlib
 import functools
+import gzip
 import hashlib
 import json
 import os
 import re
 import time
+import zlib
 from pathlib import Path
 
 from hfprune_nb import paths
@@ -59,10 +62,10 @@ def model(name: str, revision: str = "") -> Path:
     pinned = commit(name, "model", revision)
     with errors("model", name, pinned):
         patterns = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": list(OTHER_WEIGHTS)}
-        folder = Path(_patiently(snapshot_download, name, revision=pinned, **patterns))
+        folder = Path(patiently(snapshot_download, name, revision=pinned, **patterns))
         weights = sorted(folder.glob("*.safetensors"))
         if any([_discarded(path) for path in weights]):
-            _patiently(snapshot_download, name, revision=pinned, **patterns)
+            patiently(snapshot_download, name, revision=pinned, **patterns)
             _refuse_corrupt(weights)
     if not weights:
         raise UserError(f"model '{name}' has no safetensors weights on the hub: choose a revision or a model that has them.")
@@ -75,9 +78,9 @@ def file(name: str, path: str, kind: str = "model", revision: str = "") -> Path:
 
     pinned = commit(name, kind, revision)
     with errors(kind, name, pinned):
-        found = Path(_patiently(hf_hub_download, name, path, repo_type=kind, revision=pinned))
+        found = Path(patiently(hf_hub_download, name, path, repo_type=kind, revision=pinned))
         if _discarded(found):
-            _patiently(hf_hub_download, name, path, repo_type=kind, revision=pinned)
+            patiently(hf_hub_download, name, path, repo_type=kind, revision=pinned)
             _refuse_corrupt([found])
         return found
 
@@ -85,24 +88,47 @@ def file(name: str, path: str, kind: str = "model", revision: str = "") -> Path:
 def _discarded(path: Path) -> bool:
     """Whether a large file of the cache was corrupt, and is gone now: the client itself compares sizes only."""
     blob = path.resolve()  # a large file's blob is named by its SHA-256
-    if path.suffix == ".gz" or not re.fullmatch(r"[0-9a-f]{64}", blob.name):  # gzip has a check of its own
+    checked = paths.cache() / "hub" / "checked" / blob.name
+    if not re.fullmatch(r"[0-9a-f]{64}", blob.name) or checked.is_file():
         return False
-    checked = paths.cache() / "checked" / blob.name
-    if checked.is_file():
-        return False
-    with blob.open("rb") as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() != blob.name:
-            path.unlink()
-            blob.unlink()
-            return True
+    if not _is_intact(path, blob.name):
+        path.unlink()
+        blob.unlink()
+        return True
     checked.parent.mkdir(parents=True, exist_ok=True)
     checked.touch()
     return False
 
 
+def _is_intact(path: Path, sha256: str) -> bool:
+    if path.suffix != ".gz":
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest() == sha256
+    try:
+        with gzip.open(path) as content:  # which carries a checksum of its own
+            while content.read(1 << 20):
+                pass
+        return True
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 def _refuse_corrupt(found: list[Path]) -> None:
     if corrupt := [path.name for path in found if _discarded(path)]:
         raise UserError(f"{corrupt[0]} came corrupt from the hub twice: try again later, or through another network.")
+
+
+def patiently(download, *arguments, **options):
+    """Call a function that downloads; where its transfer breaks off it is called again and goes on with what it has."""
+    import tenacity
+
+    _api()
+    broken = tenacity.retry_if_exception_type(_transport_errors()) | tenacity.retry_if_exception_message(
+        match="Consistency check"
+    )
+    return tenacity.Retrying(
+        retry=broken, wait=tenacity.wait_exponential(0.5, 30), stop=tenacity.stop_after_attempt(6), reraise=True
+    )(download, *arguments, **options)
 
 
 def commit_of(folder: str | Path) -> str:
@@ -145,6 +171,17 @@ def _sentence(error: Exception, kind: str, name: str, revision: str) -> str:
         return f"{shown} is not on the hub: {_near(kind, name)}.{login}"
     if caused_by(raised.RevisionNotFoundError):
         return f"{shown} has no revision '{revision}': give a branch, tag or commit of {page}."
+    told = " ".join(str(error).split())
+    if missing := re.search(r"BuilderConfig '?(.+?)'? not found\. Available: \[(.*?)\]", told):
+        return f"{shown} has no configuration '{missing[1]}': choose one of {_listed(missing[2])}."
+    if several := re.search(r"Config name is missing.*?\[(.*?)\]", told):
+        first = re.findall(r"'(.*?)'", several[1])[0]
+        return f"{shown} has several configurations: name one of {_listed(several[1])}, as in {name}:{first}."
+    if "scripts are no longer supported" in told:
+        return (
+            f"{shown} is a script, which the datasets library no longer runs: choose a copy of the data in Parquet, often this "
+            "repository at revision refs/convert/parquet."
+        )
     if caused_by(raised.HFValidationError):
         return f"{shown} is no local path and no hub name: give an existing path or OWNER/NAME."
     if status == 429 or status >= 500:
@@ -155,8 +192,12 @@ def _sentence(error: Exception, kind: str, name: str, revision: str) -> str:
         return f"{shown} is not cached and the hub is out of reach: connect once, or give a local path."
     if status == 403:
         return f"{shown}: the hub forbids it ({error}): check the permissions of your token."
-    told = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{shown} could not be read from the hub ({type(error).__name__}: {told.strip()})."
+    return f"{shown} could not be read from the hub ({type(error).__name__}: {told[:300]})."
+
+
+def _listed(names: str) -> str:
+    found = re.findall(r"'(.*?)'", names)
+    return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
 
 
 def _causes(error):
@@ -203,7 +244,7 @@ def _api():
             # Most callers set no timeout, and a hub that never answers would hold a study for ever.
             given = request.extensions.get("timeout", {})
             request.extensions["timeout"] = {part: given.get(part) or TIMEOUT for part in ("connect", "read", "write", "pool")}
-            return _patience.send(functools.partial(super().send, request, **options))
+            return _patience[request.url.host].send(functools.partial(super().send, request, **options))
 
     set_client_factory(lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
     return HfApi()
@@ -225,7 +266,8 @@ class _Patience:
         transient = tenacity.retry_if_exception_type(_transport_errors()) | tenacity.retry_if_result(_is_busy)
         retrying = tenacity.Retrying(retry=transient, wait=_wait, stop=self._stop, retry_error_callback=self._give_up)
         response = retrying(ask)
-        self.answered = self.answered or not _is_busy(response)
+        if not _is_busy(response):
+            self.answered, self.gave_up = True, float("-inf")
         return response
 
     def _stop(self, state) -> bool:
@@ -239,7 +281,7 @@ class _Patience:
         return state.outcome.result()  # raises what the last request raised
 
 
-_patience = _Patience()
+_patience = collections.defaultdict(_Patience)  # host -> its own: libraries ask others than the hub, too
 
 
 def _is_busy(response) -> bool:
@@ -256,16 +298,3 @@ def _wait(state) -> float:
         if told.isdigit():
             return int(told) + 0.5
     return min(0.5 * 2 ** (state.attempt_number - 1), 30.0)
-
-
-def _patiently(download, *arguments, **options):
-    """Call a function that downloads; where its transfer breaks off it is called again and goes on with what it has."""
-    import tenacity
-
-    _api()
-    broken = tenacity.retry_if_exception_type(_transport_errors()) | tenacity.retry_if_exception_message(
-        match="Consistency check"
-    )
-    return tenacity.Retrying(
-        retry=broken, wait=tenacity.wait_exponential(0.5, 30), stop=tenacity.stop_after_attempt(6), reraise=True
-    )(download, *arguments, **options)

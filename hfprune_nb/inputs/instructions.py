@@ -18,8 +18,8 @@ import torch
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, chat, tokenization
-from hfprune_nb.inputs.calibration import SHUFFLE_BUFFER, TOKENIZER_BATCH, document_hash
+from hfprune_nb.inputs import assets, chat, hub_data, tokenization
+from hfprune_nb.inputs.calibration import TOKENIZER_BATCH, document_hash
 
 # The Alpaca template for an instruction without input.
 TEMPLATE = (
@@ -189,23 +189,10 @@ def _source(data: str, seed: int) -> Iterable[tuple[str, dict]]:
         file = assets.path(OFFLINE)
     else:
         file = None if data in HUB else text_files.find(data, "data", text_files.RECORD_SUFFIXES)
-    return _shuffled(list(text_files.read_records(file, "data")), seed) if file else _from_hub(data, seed)
+    if file:
+        return _shuffled(list(text_files.read_records(file, "data")), seed)
+    return hub_data.records(hub_data.find(HUB.get(data, data)), "train", seed)
 
 
 def _shuffled(raw: list[tuple[str, dict]], seed: int) -> Iterator[tuple[str, dict]]:
     return (raw[index] for index in np.random.default_rng(seed).permutation(len(raw)))
-
-
-def _from_hub(data: str, seed: int) -> Iterator[tuple[str, dict]]:
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(HUB.get(data, data), split="train", streaming=True)
-        for number, raw in enumerate(stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), 1):
-            yield f"data {data!r}, record {number}", raw
-    # The hub's client raises many types that share no base class.
-    except Exception as error:
-        raise UserError(
-            f"data {data!r} is neither {OFFLINE} nor a local file, and the hub did not give it ({type(error).__name__}): check "
-            "the name and the connection, or choose one of those."
-        ) from error

@@ -1,7 +1,8 @@
-"""The stand-in, filled once, and fresh processes of Python that see it as the hub."""
+"""The stand-in, filled once, and processes of Python that see it as the hub."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,8 +18,42 @@ PROJECT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def filled():
     hub = contents.fill(server.Hub()).start()
+    for name in contents.DATA_SETS:  # models are made when they are asked for
+        hub.repository("dataset", name)
     yield hub
     hub.stop()
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory):
+    """The folder of the caches and results of a user of the stand-in."""
+    return tmp_path_factory.mktemp("user")
+
+
+@pytest.fixture(scope="session")
+def environment(filled, everything):
+    """The environment of that user; no token but what a test sets."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HFPRUNE_"))}
+    return kept | {
+        "HF_ENDPOINT": filled.endpoint,
+        "HF_HOME": str(everything / "hf"),
+        "HFPRUNE_HOME": str(PROJECT),
+        "HFPRUNE_CACHE": str(everything / "cache"),
+        "HFPRUNE_RESULTS": str(everything / "results"),
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def process(environment):
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+        yield started
+        started.stdin.close()
 
 
 @pytest.fixture
@@ -28,55 +63,27 @@ def hub(filled):
 
 
 @pytest.fixture
-def home(tmp_path):
-    """An empty cache of the clients, of the kit, and no results."""
-    return tmp_path / "home"
+def forget(everything):
+    """A function that empties all caches."""
+    return lambda: [shutil.rmtree(everything / name, ignore_errors=True) for name in ("hf", "cache", "results")]
 
 
 @pytest.fixture
-def environment(hub, home):
-    """The environment of a user whose hub is the stand-in; no token but what a test sets."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HFPRUNE_"))}
-    return kept | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home / "hf"),
-        "HFPRUNE_HOME": str(PROJECT),
-        "HFPRUNE_CACHE": str(home / "cache"),
-        "HFPRUNE_RESULTS": str(home / "results"),
-        "PYTHONPATH": str(PROJECT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    }
+def answer(hub, process, forget):
+    """Return a function that runs code in a process of its own and returns its variable `answer`; caches are empty at first.
 
-
-@pytest.fixture
-def answer(environment):
-    """Return a function that runs code in a fresh process and returns its variable `answer`; `said` is the error, if any.
-
-    The code runs with `patience` seconds for a busy hub, half a second for one that never answered.
+    `said(function, ...)` gives a refusal's sentence; a busy hub is asked for `patience` seconds, one that never answered for half
+    a second.
     """
+    forget()
 
     def run(code, token="", offline=False, patience=20):
-        settings = {"HF_TOKEN": token} if token else {}
-        settings |= {"HF_HUB_OFFLINE": "1"} if offline else {}
-        program = f"""
-import json, sys
-from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import hub
-hub.PATIENCE, hub.SHORT_PATIENCE, hub.TIMEOUT = {patience}, 0.4, 3.0
-def said(function, *arguments, **options):
-    try:
-        return function(*arguments, **options)
-    except UserError as error:
-        return str(error)
-{textwrap.dedent(code)}
-sys.stdout.write("\\n" + json.dumps(answer))
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment | settings, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        job = {"code": textwrap.dedent(code), "token": token, "offline": offline, "patience": patience}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        told = list(iter(process.stdout.readline, "end\n"))
+        found = json.loads(told[-1])
+        assert "error" not in found, found["error"]
+        return found["answer"]
 
     return run

@@ -1,5 +1,6 @@
 """Tiny models and made-up records in the layouts of the real repositories, for `server.Hub`."""
 
+import functools
 import gzip
 import io
 import json
@@ -169,38 +170,43 @@ def _page(rng, number):
 ALL = ("train", "validation", "test")
 
 
-def datasets():
-    """Repository name -> files: C4, instructions, and what the harness's files of the paper's tasks name."""
-    lamini = {
-        f"data/train-0000{part}-of-00003-0123456789abcdef.parquet": parquet(
-            [_instruction(random.Random(f"lamini {part} {number}"), number) for number in range(300)]
-        )
-        for part in range(3)
-    }
-    alpaca = parquet([_alpaca(random.Random(number), number) for number in range(300)])
-    return {
-        "allenai/c4": c4(),
-        "MBZUAI/LaMini-instruction": lamini | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"},
-        "tatsu-lab/alpaca": {"data/train-00000-of-00001-0123456789abcdef.parquet": alpaca},
-        "allenai/ai2_arc": table(("ARC-Challenge", "ARC-Easy"), ALL, _arc),
-        "aps/super_glue": table(("boolq", "cb"), ALL, _boolq),
-        "jannalu/crows_pairs_multilingual": table(("english", "french"), ("test",), _crows),
-        "allenai/openbookqa": table(("additional", "main"), ALL, _openbookqa),
-        "baber/piqa": table(("default",), ALL, _piqa, "data"),
-        "EleutherAI/race": table(("high",), ("test",), _race),
-        "lighteval/siqa": table(("default",), ("train", "validation"), _siqa, "data"),
-        "truthfulqa/truthful_qa": table(("multiple_choice",), ("validation",), _truthfulqa),
-        "allenai/winogrande": table(("winogrande_xl", "winogrande_xs"), ALL, _winogrande),
-        "owner/pages": table(("default",), ("train", "test"), _page, "data"),
-        "owner/scripted": {"scripted.py": b"raise SystemExit\n", "README.md": b"---\nlicense: other\n---\n"},
-    }  # fmt: skip
+def lamini():
+    parts = {}
+    for part in range(3):
+        rows = [_instruction(random.Random(f"{part} {number}"), number) for number in range(300)]
+        parts[f"data/train-0000{part}-of-00003-0123456789abcdef.parquet"] = parquet(rows)
+    return parts | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"}
 
 
-def fill(hub, models=(*GATED, *OPEN)):
+def alpaca():
+    rows = [_alpaca(random.Random(number), number) for number in range(300)]
+    return {"data/train-00000-of-00001-0123456789abcdef.parquet": parquet(rows)}
+
+
+DATA_SETS = {
+    "allenai/c4": c4,
+    "MBZUAI/LaMini-instruction": lamini,
+    "tatsu-lab/alpaca": alpaca,
+    # What the harness's files of the paper's tasks name:
+    "allenai/ai2_arc": lambda: table(("ARC-Challenge", "ARC-Easy"), ALL, _arc),
+    "aps/super_glue": lambda: table(("boolq", "cb"), ALL, _boolq),
+    "jannalu/crows_pairs_multilingual": lambda: table(("english", "french"), ("test",), _crows),
+    "allenai/openbookqa": lambda: table(("additional", "main"), ALL, _openbookqa),
+    "baber/piqa": lambda: table(("default",), ALL, _piqa, "data"),
+    "EleutherAI/race": lambda: table(("high",), ("test",), _race),
+    "lighteval/siqa": lambda: table(("default",), ("train", "validation"), _siqa, "data"),
+    "truthfulqa/truthful_qa": lambda: table(("multiple_choice",), ("validation",), _truthfulqa),
+    "allenai/winogrande": lambda: table(("winogrande_xl", "winogrande_xs"), ALL, _winogrande),
+    "owner/pages": lambda: table(("default",), ("train", "test"), _page, "data"),
+    "owner/scripted": lambda: {"scripted.py": b"raise SystemExit\n", "README.md": b"---\nlicense: other\n---\n"},
+}
+
+
+def fill(hub):
     """Put everything on `hub`; the member's token reads the gated models, the stranger's does not."""
     hub.tokens |= {MEMBER: set(GATED), STRANGER: set()}
-    for name in models:
-        hub.commit("model", name, model(name), gated=name in GATED)
-    for name, files in datasets().items():
-        hub.commit("dataset", name, files)
+    for name in (*GATED, *OPEN):
+        hub.promise("model", name, functools.partial(model, name), gated=name in GATED)
+    for name, make in DATA_SETS.items():
+        hub.promise("dataset", name, make)
     return hub

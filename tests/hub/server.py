@@ -53,6 +53,7 @@ class Repository:
     gated: bool = False
     branches: dict = field(default_factory=dict)
     commits: dict = field(default_factory=dict)
+    first: object = None  # makes the files of the first commit, when they are asked for
 
     def files(self, revision):
         return self.commits.get(self.branches.get(revision, revision))
@@ -77,7 +78,7 @@ class Hub:
 
     def __init__(self):
         self.repositories, self.tokens, self.faults, self.requests = {}, {}, [], []
-        self.lock = threading.Lock()
+        self.lock, self.making = threading.Lock(), threading.Lock()
         self.blobs = {}
         self.ports = {"hub": 0, "store": 0}
         self.servers = []
@@ -93,6 +94,18 @@ class Hub:
         repository.branches[branch] = digest
         self.blobs |= {file.sha256: file for file in made.values() if file.large}
         return digest
+
+    def promise(self, kind, name, make, gated=False):
+        """Let `make` give the files of a repository's first commit when it is asked for."""
+        self.repositories[kind, name] = Repository(gated, first=make)
+
+    def repository(self, kind, name):
+        with self.making:
+            found = self.repositories.get((kind, name))
+            if found and found.first:
+                make, found.first = found.first, None
+                self.commit(kind, name, make(), gated=found.gated)
+        return found
 
     def fail(self, pattern, times=1, **what):
         self.faults.append(Fault(pattern, times, **what))
@@ -243,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise _Refused(404, "", "Sorry, we can't find the page you are looking for.")
 
     def _repository(self, kind, name, token, content=False):
-        repository = self.hub.repositories.get((kind, name))
+        repository = self.hub.repository(kind, name)
         if repository is None:  # the hub hides from strangers whether it exists
             raise _Refused(404 if token else 401, "RepoNotFound", "Repository not found")
         if content and repository.gated and name not in self.hub.tokens.get(token, ()):

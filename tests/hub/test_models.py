@@ -18,7 +18,7 @@ answer = [hub.commit_of(model.config.name_or_path), int(sum(p.double().sum() for
 def test_a_model_is_read_at_one_commit_and_only_once(hub, answer):
     code = LOADED.replace("NAME", repr(QWEN))
     first = answer(code)
-    commit = hub.repositories["model", QWEN].branches["main"]
+    commit = hub.repository("model", QWEN).branches["main"]
     assert first[0] == commit
     assert not hub.asked("consolidated") and hub.asked(r"GET store .*")
     hub.requests.clear()
@@ -73,7 +73,7 @@ def test_what_the_hub_refuses_is_one_sentence_with_the_remedy(hub, answer):
 
 
 def test_a_member_reads_a_gated_model(hub, answer):
-    commit = hub.repositories["model", LLAMA].branches["main"]
+    commit = hub.repository("model", LLAMA).branches["main"]
     assert answer(f"answer = hub.commit_of(hub.model({LLAMA!r}))", token=contents.MEMBER) == commit
 
 
@@ -105,6 +105,6 @@ def test_nothing_cached_and_no_connection(hub, answer):
 def test_a_hub_that_fails_is_asked_again(hub, answer, pattern, what):
     hub.fail(pattern, times=1, **what)
     found = Path(answer(f"answer = str(hub.model({QWEN!r}))"))
-    files = hub.repositories["model", QWEN].files("main")
+    files = hub.repository("model", QWEN).files("main")
     assert all((found / path.name).read_bytes() == files[path.name].content for path in found.glob("*.safetensors"))
     assert all(fault.times == 0 for fault in hub.faults), "the fault was met"
