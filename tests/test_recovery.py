@@ -129,24 +129,6 @@ def test_bad_data_gets_one_sentence(content, words, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_data_are_streamed_and_a_failing_hub_is_told(monkeypatch):
-    asked = []
-
-    class Stream(list):
-        def shuffle(self, seed, buffer_size):
-            return self
-
-    def load(name, split, streaming):
-        asked.append((name, split, streaming))
-        return Stream([{"instruction": f"Say {i}", "response": "Yes", "instruction_source": "x"} for i in range(99)])
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    assert len(instructions.records("lamini", 20)) == 20 and asked == [("MBZUAI/LaMini-instruction", "train", True)]
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match="hub did not give it"):
-        instructions.records("alpaca", 20)
-
-
 # Packing
 
 
