@@ -32,7 +32,7 @@ def hub_with(monkeypatch, splits):
 
     def find(name):
         repository, _, configuration = name.partition(":")
-        return hub_data.DataSet(repository, configuration, "0" * 40, dict.fromkeys(splits, ["data.parquet"]))
+        return hub_data.DataSet(repository, configuration, "0" * 40, {name: ["data.parquet"] for name in splits})
 
     monkeypatch.setattr(hub_data, "find", find)
     monkeypatch.setattr(hub_data, "records", records)

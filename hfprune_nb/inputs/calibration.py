@@ -356,8 +356,10 @@ def _texts(
 
 
 def _hub_dataset(corpus: str, split: str, text_column: str, seed: int, chat_tokenizer, passed_over: Counter) -> Iterator[str]:
-    if "/" not in corpus and (near := difflib.get_close_matches(corpus, TEXT_CORPORA, n=1)):
-        raise UserError(f"corpus {corpus!r} is unknown: did you mean {near[0]}? A data set of the hub has the form OWNER/NAME.")
+    if "/" not in corpus:
+        near = difflib.get_close_matches(corpus, TEXT_CORPORA, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}" if near else f"choose one of {', '.join(TEXT_CORPORA)}"
+        raise UserError(f"corpus {corpus!r} is unknown: {hint}, or give a file or OWNER/NAME of a data set of the hub")
     repository, _, rest = corpus.partition(":")
     configuration, _, chosen = rest.partition(":")
     data = hub_data.find(f"{repository}:{configuration}")
