@@ -35,9 +35,14 @@ class _Logged(tqdm.tqdm):
         return super().display(*arguments, **options)
 
 
-def bar(total, unit, description, enabled=True):
-    """Return a tqdm bar over `total` units with rate and time left; `HFPRUNE_PROGRESS=log` makes it plain text and slow."""
+def bar(total, unit, description, enabled=True, rate=True):
+    """Return a tqdm bar over `total` units with rate and time left; `HFPRUNE_PROGRESS=log` makes it plain text and slow.
+
+    rate : whether units take alike, so that a rate says something; without it the caller says in a postfix what is left.
+    """
     options = {"total": total, "unit": unit, "desc": description, "disable": not enabled, "unit_scale": total >= 10_000}
+    if not rate:
+        options["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
     if os.environ.get("HFPRUNE_PROGRESS") == "log":
         return _Logged(mininterval=10, ascii=True, ncols=100, **options)
     return tqdm.auto.tqdm(**options)

@@ -177,7 +177,7 @@ def test_job_computes_one_job_once_and_refuses_one_without_its_inputs(project, c
 
 
 def test_rates_are_fitted_to_cards(project, capsys):
-    folder = Path(__file__).parents[1] / "results" / "offline"
+    folder = Path(__file__).parent / "cards" / "offline"
     before = (project / "data" / "rates.yaml").read_text()
     assert main(["study", "rates", str(folder / "cards.json")]) == 0
     assert "scoring" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """The second tier: real SmolLM2-135M weights instead of random ones. Skipped, loudly, where the registry cannot be reached."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -101,9 +100,7 @@ def test_real_criteria_rank_neurons_differently(scores):
 
 def test_the_second_load_converts_nothing(registry, dense, monkeypatch):
     monkeypatch.setattr(loading, "_convert_gguf", lambda *_: pytest.fail("the GGUF file was converted again"))
-    began = time.monotonic()
     again, _ = models.load(NAME, dtype="float32", device="cpu")
-    assert time.monotonic() - began < 20
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), dense[0].parameters(), strict=True))
 
 

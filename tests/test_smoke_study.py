@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +137,7 @@ def test_the_pruned_models_have_the_requested_size(smoke):
 
 def test_a_finished_study_does_nothing_and_says_so(smoke):
     before = {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")}
-    began = time.monotonic()
     status, said = smoke.run()
-    assert time.monotonic() - began < 5
     assert status == 0 and "26 jobs, nothing to do" in said
     assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")} == before
 

@@ -156,9 +156,11 @@ def fetch(name: str, progress: bool = True) -> Path:
     package file that no configured index offers, and indexes that cannot be reached.
     """
     asset = get(name)
+    if _is_whole(asset):  # a cache that is complete is only read: it may be another user's
+        return _result(asset)
     asset.folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(asset.folder.with_name(f"{name}.lock")):
-        if not (asset.cached and all(_sha256(asset.folder / file.name) == file.sha256 for file in asset.files)):
+        if not _is_whole(asset):
             try:
                 _build(asset, progress)
             except OSError as error:
@@ -167,6 +169,10 @@ def fetch(name: str, progress: bool = True) -> Path:
                     "make room there or set HFPRUNE_CACHE to another folder"
                 ) from error
     return _result(asset)
+
+
+def _is_whole(asset: Asset) -> bool:
+    return asset.cached and all(_sha256(asset.folder / file.name) == file.sha256 for file in asset.files)
 
 
 def _result(asset: Asset) -> Path:

@@ -183,9 +183,9 @@ def gpus_wanted(parameters: dict) -> int:
     return parameters.get("processes", 1) if device(parameters) == "gpu" else 0
 
 
-def needs(study: Study) -> dict[str, Need]:
-    """Return reference -> what that job of the study will need, by measured rates."""
-    jobs = {job.reference: job for job in study.jobs}
+def needs(study: Study, jobs: list[Job] | None = None) -> dict[str, Need]:
+    """Return reference -> what that job of the study will need, by measured rates; of `jobs`, or of all."""
+    jobs = {job.reference: job for job in jobs or study.jobs}
     known = rates()
     return {
         name: need(job.stage, job.parameters, known, lambda reference: jobs[reference].parameters) for name, job in jobs.items()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -26,6 +27,9 @@ def run(
     import papermill
     from traitlets.config import Config
 
+    # It takes a parameter whose type is a union for an unknown one, and says so.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+
     with tempfile.TemporaryDirectory(prefix="hf") as private, _watchdog(timeout_seconds) as timed_out:
         config = Config()
         if os.name == "posix":
@@ -35,8 +39,8 @@ def run(
         with _environment(_isolation(Path(private)) | (environment or {})):
             try:
                 papermill.execute_notebook(
-                    notebook,
-                    output,
+                    _literal(notebook),
+                    _literal(output),
                     parameters,
                     kernel_name="python3",
                     cwd=Path(notebook).parent,
@@ -61,17 +65,29 @@ def kill_children(process: int | None = None) -> None:
                 child.kill()
 
 
+def _literal(path: Path) -> str:
+    """Return a path in which papermill, which formats it with the parameters, finds nothing to put in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def _isolation(private: Path) -> dict[str, str]:
-    """Return the environment that binds a kernel to this interpreter, this package, these folders and private ones."""
+    """Return the environment that binds a kernel to this interpreter, this package, these folders and private ones.
+
+    What lies beside the notebook is no module for it, and drawing is as in JupyterLab, whatever the user has set for other work.
+    """
     specification = private / "kernels" / "python3" / "kernel.json"
     specification.parent.mkdir(parents=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command += ["--InteractiveShellApp.ignore_cwd=True", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"]
     specification.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    (private / "matplotlibrc").touch()
     package = str(Path(__file__).resolve().parents[2])
     return {
         "IPYTHONDIR": str(private / "ipython"),
         "JUPYTER_PATH": str(private),
         "JUPYTER_RUNTIME_DIR": str(private),
+        "MATPLOTLIBRC": str(private / "matplotlibrc"),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),

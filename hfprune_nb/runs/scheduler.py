@@ -18,7 +18,7 @@ from pathlib import Path
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
 from hfprune_nb.progress import bar as progress_bar
-from hfprune_nb.runs import export, kernel, stage
+from hfprune_nb.runs import export, forecast, kernel, stage
 from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.grid import Job, find_job, plan, without
 from hfprune_nb.runs.locks import POLL_SECONDS, Lock
@@ -28,6 +28,8 @@ from hfprune_nb.runs.study import Study
 from hfprune_nb.runs.worker import arguments, leave_interrupts_to_parent, work
 
 log = logging.getLogger(__name__)
+
+SHOW_SECONDS = 10.0
 
 
 def run(study: Study, workers: int | None = None, progress: bool = True, gpus: int = 0) -> Summary:
@@ -46,7 +48,7 @@ def run(study: Study, workers: int | None = None, progress: bool = True, gpus: i
 def _work_through(study: Study, jobs: list[Job], workers: int | None, progress: bool, gpus: int = 0) -> Summary:
     began = time.monotonic()
     journal = _Journal(study)
-    with progress_bar(len(jobs), "job", study.name, enabled=progress) as bar:
+    with progress_bar(len(jobs), "job", study.name, enabled=progress, rate=False) as bar:
         outcomes = _Scheduler(study, workers or gpus or study.run["workers"], bar, journal, gpus).work_through(jobs)
     summary = Summary(study, outcomes, time.monotonic() - began)
     _sweep(study, outcomes)
@@ -144,12 +146,16 @@ class _Scheduler:
         self.study, self.workers, self.bar, self.journal, self.gpus = study, workers, bar, journal, gpus
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict = {}
+        self.began: dict[str, float] = {}
         self.locks: dict[str, Lock] = {}
         self.broken: set[str] = set()
         self.pool: Executor | None = None
 
     def work_through(self, jobs: list[Job]) -> list[Outcome]:
         known = {job.reference for job in jobs}
+        if not self.bar.disable:
+            self.depends_on = {job.reference: job.depends_on for job in jobs}
+            self.seconds = {name: need.seconds for name, need in forecast.needs(self.study, jobs).items()}
         waiting = [replace(job, depends_on=tuple(name for name in job.depends_on if name in known)) for job in jobs]
         try:
             while waiting or self.running:
@@ -191,13 +197,16 @@ class _Scheduler:
             self.workers, multiprocessing.get_context("spawn"), initializer=leave_interrupts_to_parent
         )
         self.journal.tell(event="start", job=wanted.reference, point=wanted.label)
-        self.running[self.pool.submit(work, *arguments(self.study, wanted), self.gpus)] = (job, wanted)
+        future = self.pool.submit(work, *arguments(self.study, wanted), self.gpus)
+        self.running[future] = (job, wanted)
+        self.began[job.reference] = time.monotonic()
         self._show()
 
     def _collect(self, elsewhere: bool) -> list[Job]:
         """Wait for a running job, a moment at most if others are computed `elsewhere`; return what must be tried again."""
         again = []
-        finished = wait(self.running, POLL_SECONDS if elsewhere else None, FIRST_COMPLETED).done
+        finished = wait(self.running, POLL_SECONDS if elsewhere else SHOW_SECONDS, FIRST_COMPLETED).done
+        self._show()
         if elsewhere and not self.running:
             time.sleep(POLL_SECONDS)
         for future in finished:
@@ -226,7 +235,18 @@ class _Scheduler:
         self._show()
 
     def _show(self) -> None:
-        self.bar.set_postfix_str("; ".join(f"{wanted.stage} {wanted.label}" for _, wanted in self.running.values()))
+        if self.running and not self.bar.disable:
+            now = [f"{wanted.stage} {wanted.label}" for _, wanted in self.running.values()]
+            self.bar.set_postfix_str("; ".join([f"about {forecast.in_words(self._hours_left())} left", *now]))
+
+    def _hours_left(self) -> float:
+        """Return the hours that the other jobs take by the forecast, at the pace of those that this run has computed."""
+        computed = {name: outcome.seconds for name, outcome in self.outcomes.items() if outcome.state == "computed"}
+        pace = sum(computed.values()) / sum(map(self.seconds.get, computed)) if computed else 1.0
+        left = {name: pace * seconds for name, seconds in self.seconds.items() if name not in self.outcomes}
+        for job, _ in self.running.values():
+            left[job.reference] = max(0.0, left[job.reference] - (time.monotonic() - self.began[job.reference]))
+        return forecast.makespan(left, self.depends_on, self.workers) / 3600
 
     def _stop(self) -> None:
         """Kill the kernels until every worker has come back, and leave no trace of the jobs that were under way."""
