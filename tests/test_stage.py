@@ -288,6 +288,61 @@ def test_papermills_own_command_line_cannot_misspell_either(project, monkeypatch
         start_all("calibration")
 
 
+@pytest.fixture
+def shell(project):
+    """IPython as a notebook's kernel runs it, without the kernel."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    found = InteractiveShell.instance()
+    found.user_ns["start"] = lambda: start_all("calibration")
+    yield found
+    InteractiveShell.clear_instance()
+
+
+def test_a_notebook_that_fails_or_is_interrupted_holds_nobody_up(shell, capsys):
+    shell.run_cell("run = start(); run.path('value.txt').write_text('1')")
+    run = shell.user_ns["run"]
+    assert run._lock.held
+    shell.run_cell("raise KeyboardInterrupt")
+    assert not run._lock.path.exists()
+    shell.run_cell("run.finish(device='cpu')")
+    assert run.artifact.current and run.artifact.path("value.txt").read_text() == "1" and not run._lock.path.exists()
+
+
+def test_what_another_computed_meanwhile_is_not_overwritten(shell, capsys):
+    shell.run_cell("run = start(); run.path('value.txt').write_text('1'); 1 / 0")
+    other = stage.Run("calibration", "toy", shell.user_ns["run"].parameters, {})
+    finish(other, "2")
+    shell.run_cell("run.path('value.txt').write_text('3'); run.finish(device='cpu')")
+    assert "another process took over" in capsys.readouterr().out
+    assert other.artifact.current and other.artifact.path("value.txt").read_text() == "2"
+
+
+def test_a_notebook_shows_a_users_error_as_its_sentence(shell, capsys, monkeypatch):
+    shell.run_cell("from hfprune_nb.errors import UserError\nraise UserError('corpus is empty: give text')")
+    assert capsys.readouterr().out == "UserError: corpus is empty: give text\n"
+    monkeypatch.setenv("HFPRUNE_TRACEBACK", "1")
+    shell.run_cell("raise UserError('corpus is empty: give text')")
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_scores_of_more_criteria_serve_and_of_less_are_made(project):
+    several = finish(start_all("scoring", calibration=finish(start_all("calibration")).reference, criteria=["entropy", "random"]))
+    assert start_all("pruning", criterion="random").parameters["scores"] == several.reference
+    made = start_all("pruning", criterion="magnitude").inputs["scores"]
+    assert made.reference != several.reference and made.parameters["criteria"] == ["magnitude"]
+    with pytest.raises(UserError, match="did you mean 'entropy'"):
+        start_all("pruning", criterion="entropie")
+
+
+def test_figures_of_a_study_without_evaluations_name_the_studies_that_have_some(project):
+    with pytest.raises(UserError, match="study 'toy' has no finished evaluation to show: run 05_evaluation.ipynb first"):
+        start_all("figures")
+    finish(start_all("evaluation"))
+    with pytest.raises(UserError, match="study 'other' has no finished evaluation to show: set study to toy, or run"):
+        stage.start("figures", study="other", **parameters.complete("figures", {}))
+
+
 def test_a_notebook_is_read_once_for_any_number_of_jobs(project):
     parameters._read_parameters.cache_clear()
     for seed in range(100):
