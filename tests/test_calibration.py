@@ -92,6 +92,16 @@ def test_starts_reach_both_ends(tokenizer, tmp_path):
     assert set(found.starts) == {0, 1, 2}
 
 
+def test_of_an_endless_document_only_a_stretch_is_read(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "LONGEST_TEXT", 1000)
+    numbers = "".join(f"{n:05d}" for n in range(4000))
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": numbers}))
+    found = [windows(tokenizer, tmp_path / "corpus.jsonl", 1, 100, seed) for seed in (0, 0, 1)]
+    texts = [tokenizer.decode(one.ids[0]) for one in found]
+    assert texts[0] == texts[1] != texts[2] and all(text in numbers for text in texts)
+    assert all(one.document_lengths == [1000] and one.starts[0] <= 900 for one in found)
+
+
 def test_saved_windows_come_back(tokenizer, tmp_path):
     found = windows(tokenizer)
     found.save(tmp_path)

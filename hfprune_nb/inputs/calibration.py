@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import claim
 from hfprune_nb.inputs import assets, benchmarks, chat, hub_data, tokenization
 from hfprune_nb.progress import bar as progress_bar
 
@@ -33,6 +34,9 @@ LOCAL_SUFFIXES = (".txt", *text_files.RECORD_SUFFIXES)
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
 TOKENIZER_BATCH = 64
+# Of a longer document so many characters are tokenised, drawn by the seed: a window wants a few thousand of them, and a picture
+# that is spelt out in a page has millions.
+LONGEST_TEXT = 400_000
 # So many records without the text's column are no accident.
 RECORDS_WITHOUT_COLUMN = 1000
 CHECKPOINT_EVERY = 4096  # windows between two savings
@@ -43,8 +47,8 @@ class Windows:
     """Token windows and where each comes from; row i of every field is window i.
 
     `ids` (n_windows, seq_len) int64; `document_hashes` as `document_hash` gives them; `starts` the token at which the
-    window begins in its document; `document_lengths` in tokens, without BOS. `passed_over` counts the documents that gave no
-    window, by the reason.
+    window begins in its document, or in the `LONGEST_TEXT` characters that were read of it; `document_lengths` in tokens, without
+    BOS. `passed_over` counts the documents that gave no window, by the reason.
     """
 
     ids: np.ndarray
@@ -168,6 +172,10 @@ def windows(
     random = np.random.default_rng([seed, 1])
     found, passed_over, read = Windows(np.empty((0, seq_len), dtype=np.int32)), Counter(), 0
     rows, longest, short = [], 0, "shorter than a window"
+    if scratch:
+        settings = {"corpus": corpus, "split": split, "n_windows": n_windows, "seq_len": seq_len, "seed": seed, "prefix": prefix}
+        settings |= {"text_column": text_column, "chat_template": chat_template, "tokenizer": tokenizer.name_or_path}
+        claim(scratch, settings)
     checkpoint = scratch / "windows.partial.safetensors" if scratch else None
     if checkpoint and checkpoint.is_file():
         with safe_open(checkpoint, "numpy") as saved:
@@ -179,7 +187,7 @@ def windows(
     with progress_bar(n_windows, "window", f"{corpus} {split}", enabled=progress) as bar:
         bar.n = bar.initial = bar.last_print_n = len(rows)
         began, read_before = time.monotonic(), read
-        for digest, ids in _tokenized(tokenizer, texts, chat_template, passed_over, read):
+        for digest, ids in _tokenized(tokenizer, texts, seed, chat_template, passed_over, read):
             read += 1
             # A rendered conversation brings its own BOS.
             ids = ids[len(prefix) :] if chat_template and ids[: len(prefix)] == prefix else ids
@@ -247,7 +255,7 @@ def token_statistics(windows: Windows, tokenizer) -> pd.DataFrame:
 
 
 def _tokenized(
-    tokenizer, texts: Iterable[str], control_tokens: bool, passed_over: Counter, skipped: int = 0
+    tokenizer, texts: Iterable[str], seed: int, control_tokens: bool, passed_over: Counter, skipped: int = 0
 ) -> Iterator[tuple[str, list[int]]]:
     """Yield (document hash, token ids) of every distinct, non-empty document but the first `skipped`, tokenised in batches."""
     seen = set()
@@ -261,7 +269,9 @@ def _tokenized(
                 passed_over["repeated"] += 1
             else:
                 seen.add(digest)
-                fresh[digest] = text
+                room = max(0, len(text) - LONGEST_TEXT)
+                start = int(np.random.default_rng([seed, int(digest, 16)]).integers(room + 1)) if room else 0
+                fresh[digest] = text[start : start + LONGEST_TEXT]
         passed, fresh = min(skipped, len(fresh)), dict(itertools.islice(fresh.items(), skipped, None))
         skipped -= passed
         if fresh:
