@@ -14,6 +14,8 @@ import yaml
 from faults import COMMAND, Runner, kill_and_resume
 from safetensors.numpy import load_file
 
+import hfprune_nb
+from hfprune_nb import models
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import stage
 from hfprune_nb.runs.artifacts import finished, open_artifact
@@ -133,6 +135,27 @@ def test_the_pruned_models_have_the_requested_size(smoke):
         kept = load_file(artifact.path("kept.safetensors"))
         assert [len(kept[f"layers.{layer}"]) for layer in range(3)] == facts["widths"]
         assert facts["loads_with"] == "plain" and facts["allocation"] == facts["allocation_spec"] == "uniform"
+
+
+def test_layers_of_different_width_go_through_the_notebooks(smoke, tmp_path, monkeypatch):
+    """A global allocation from the study's scores to an evaluation, whose tables will say how such a model loads."""
+    for name, value in (smoke.environment | {"HFPRUNE_RESULTS": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    evaluated = next(artifact for artifact in smoke.artifacts("evaluation") if artifact.parameters["pruned"])
+    pruned = open_artifact(smoke.folder / evaluated.parameters["pruned"])
+    for folder in ("calibration", "scoring", "evaluation"):
+        shutil.copytree(smoke.folder / folder, tmp_path / "smoke" / folder)
+    chosen = {"criterion": "entropy", "allocation": {"global": {"floor": 0.25}, "as": "global_25"}, "save_checkpoint": True}
+    made = stage.execute("pruning", "smoke", pruned.parameters | chosen)
+    facts = json.loads(made.path("pruning.json").read_text(encoding="utf-8"))
+    assert min(facts["widths"]) >= 16 and len(set(facts["widths"])) > 1 and facts["loads_with"] == "hfprune_nb.load"
+    model = hfprune_nb.load(made.path("checkpoint"))
+    assert [mlp.width for mlp in models.gated_mlps(model)] == facts["widths"]
+    assert models.count_parameters(model) == facts["parameters"]
+    measured = stage.execute("evaluation", "smoke", evaluated.parameters | {"pruned": made.reference})
+    summary = json.loads(measured.path("summary.json").read_text(encoding="utf-8"))
+    assert summary["allocation"] == "global_25" and summary["allocation_spec"] == facts["allocation_spec"]
+    assert any("global_25" in note and "hfprune_nb.load" in note for note in summary["notes"])
 
 
 def test_a_finished_study_does_nothing_and_says_so(smoke):
