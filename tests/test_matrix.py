@@ -11,6 +11,7 @@ import hfprune_nb
 from hfprune_nb import allocations, criteria, models
 from hfprune_nb.errors import UserError
 from hfprune_nb.method import export, pruning, scoring, selection
+from hfprune_nb.method.scoring import distributed
 from hfprune_nb.models.hooks import silenced
 
 RATIO = 0.3
@@ -83,3 +84,31 @@ def test_silenced_cut_written_and_read_are_one_model(architecture, tiny, token_w
         assert type(padded) is type(dense) and padded.config.intermediate_size == max(plan.width_after)
         torch.testing.assert_close(logits(padded), logits(narrow))
     assert {"uniform", "global", "global_50"} <= seen
+
+
+def assert_close(found, expected):
+    for name, rows in expected.items():
+        for layer, (row, other) in enumerate(zip(found[name], rows, strict=True)):
+            torch.testing.assert_close(row, other, rtol=1e-6, atol=1e-12, msg=lambda words, at=(name, layer): f"{at}: {words}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_scores_depend_on_no_batch_no_chunk_and_no_interruption(architecture, tiny, token_windows, tmp_path):
+    model, settings = tiny(architecture, "float64"), {"progress": False, "seed": 3}
+    expected = scoring.score(model, token_windows, criteria.names(), batch_size=9, **settings).importance
+    for batch, chunk in ((1, 128), (4, 5)):
+        found = scoring.score(model, token_windows, criteria.names(), batch_size=batch, chunk_size=chunk, **settings)
+        assert_close(found.importance, expected)
+    for _ in range(2):  # the second one reads all of the first one's sums
+        found = scoring.score(model, token_windows, criteria.names(), batch_size=9, checkpoint=tmp_path, **settings).importance
+        assert all(torch.equal(row, other) for name in expected for row, other in zip(found[name], expected[name], strict=True))
+
+
+def test_scores_of_two_processes_are_those_of_one(token_windows, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    settings = {"dtype": "float64", "device": "cpu", "batch_size": 2, "seed": 3, "progress": False}
+    one, two = (
+        distributed.score(models.TINY, token_windows, criteria.names(), folder=tmp_path / str(n), processes=n, **settings)
+        for n in (1, 2)
+    )
+    assert_close(two.importance, one.importance)
