@@ -342,6 +342,19 @@ def test_text_and_broken_turns_are_not_rendered(tmp_path, value, message):
         windows(byte_tokenizer(chat_template=TEMPLATE), file, chat_template=True)
 
 
+def test_text_with_tokens_that_the_model_lacks_is_refused(tmp_path):
+    tokenizer = byte_tokenizer(additional_special_tokens=["<|turn|>"])
+    rows = len(tokenizer) - 1
+    plain = write(tmp_path / "plain.jsonl", [{"text": "no such token in this text"}] * 2)
+    assert len(windows(tokenizer, plain, 1, 8, vocab_size=rows)) == 1, (
+        "a token that no text holds, such as one for padding, is no harm"
+    )
+    file = write(tmp_path / "turns.jsonl", [{"text": "some text <|turn|> some more"}])
+    assert len(windows(tokenizer, file, 1, 8, vocab_size=rows + 1)) == 1
+    with pytest.raises(UserError, match=f"its tokenizer has '<.turn.>', .* as id {rows}, and its embedding has {rows} rows: use"):
+        windows(tokenizer, file, 1, 8, vocab_size=rows)
+
+
 def test_a_rendered_conversation_is_the_same_on_every_day():
     tokenizer = byte_tokenizer(chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}")
     assert chat.render(tokenizer, TURNS, "here") == "26 Jul 2024 Say one."

@@ -150,6 +150,7 @@ def windows(
     split: str = "calibration",
     text_column: str = "text",
     chat_template: bool = False,
+    vocab_size: int | None = None,
     progress: bool = True,
     scratch: Path | None = None,
 ) -> Windows:
@@ -159,6 +160,7 @@ def windows(
     than a window, and repeated ones, are passed over. Every window begins with what `tokenization.prefix` gives for `bos`, and
     the text gives so many tokens less. No other special token is added, nothing is padded.
     chat_template : `text_column` holds conversations, which the tokenizer's chat template renders.
+    vocab_size : rows of the model's embedding; text that spells out a token beyond them is refused.
     scratch : a folder from which a run with the same arguments that was killed goes on.
     Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer lacks what is asked.
     """
@@ -184,6 +186,7 @@ def windows(
         passed_over[short] = state["short"]
         found.document_hashes, found.starts, found.document_lengths = state["table"]
     texts = documents(corpus, split, text_column, seed, tokenizer if chat_template else None, passed_over)
+    texts = _embedded(texts, tokenizer, vocab_size) if vocab_size else texts
     with progress_bar(n_windows, "window", f"{corpus} {split}", enabled=progress) as bar:
         bar.n = bar.initial = bar.last_print_n = len(rows)
         began, read_before = time.monotonic(), read
@@ -252,6 +255,18 @@ def token_statistics(windows: Windows, tokenizer) -> pd.DataFrame:
             "cumulative_share": shares.cumsum(),
         }
     )
+
+
+def _embedded(texts: Iterable[str], tokenizer, vocab_size: int) -> Iterator[str]:
+    """Yield the texts; raise UserError for one that spells out a token without a row: its author meant a model that has it."""
+    beyond = {token: place for token, place in tokenizer.get_added_vocab().items() if place >= vocab_size}
+    for text in texts:
+        if token := next((token for token in beyond if token in text), None):
+            raise UserError(
+                f"model: its tokenizer has {token!r}, which the text holds, as id {beyond[token]}, and its embedding has "
+                f"{vocab_size} rows: use the tokenizer that it was trained with, or enlarge it with resize_token_embeddings"
+            )
+        yield text
 
 
 def _tokenized(
