@@ -34,7 +34,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def criterion(results):
-    return tables.criterion_table(results, n_resamples=100).long
+    return tables.criterion_table(results).long
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_colours_are_distinct_and_cover_every_criterion():
 
 
 def test_forest_draws_every_pair_and_marks_what_is_certain(results):
-    paired = tables.paired_table(results, n_resamples=200).long
+    paired = tables.paired_table(results).long
     figure = figures.forest(paired, MODEL)
     words = texts(figure)
     assert "Entropy (HFPrune) − One-hot CE" in words and "log-perplexity c4\nnats per token" in words
@@ -171,7 +171,7 @@ def test_figures_of_nothing_say_what_is_missing(tmp_path, results):
 
 def test_one_criterion_one_ratio_one_seed(tmp_path):
     results = measurements.collect(synthetic.study(tmp_path / "e", ("entropy",), (0.2,), seeds=(0,)))
-    long = tables.criterion_table(results, n_resamples=100).long
+    long = tables.criterion_table(results).long
     scoring = synthetic.scoring(tmp_path / "s", criteria=["entropy"])
     for figure in (
         figures.against_ratio(long, MODEL),
@@ -217,7 +217,7 @@ def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypa
         artifact(
             study, "evaluation", f"{i:016x}", lambda to, n=name, r=ratio, s=seed: synthetic.evaluation(to, n, r, s, n_items=15)
         )
-    made = stage.execute("figures", "paper", {"n_resamples": 200})
+    made = stage.execute("figures", "paper", {})
     for name in ("criterion.csv", "ablation.md", "fidelity.html", "paired.csv", "published.md", "published_defects.csv"):
         assert made.path(f"tables/{name}").stat().st_size
     assert json.loads(made.path("tables/protocol.json").read_text())["settings"]["dtype"] == ["bfloat16"]
@@ -225,9 +225,7 @@ def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypa
         assert made.path(f"figures/{name}.png").stat().st_size and made.path(f"figures/{name}.svg").stat().st_size
     before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*") if path.name != "notebook.ipynb"}
     again = tmp_path / "again.ipynb"
-    papermill.execute_notebook(
-        paths.notebooks() / "06_figures.ipynb", again, {"study": "paper", "n_resamples": 200}, progress_bar=False
-    )
+    papermill.execute_notebook(paths.notebooks() / "06_figures.ipynb", again, {"study": "paper"}, progress_bar=False)
     assert before == {path: path.stat().st_mtime_ns for path in made.folder.rglob("*") if path.name != "notebook.ipynb"}
     outputs = [output for cell in nbformat.read(again, 4).cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]

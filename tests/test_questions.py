@@ -1,5 +1,6 @@
 """The reviewers' questions on synthetic artifacts: known answers, both outcomes of every sentence, the notebook."""
 
+import itertools
 import json
 
 import matplotlib
@@ -16,7 +17,6 @@ from hfprune_nb.runs import artifacts, stage
 
 matplotlib.use("Agg")
 MODEL = "smollm2-135m"
-FAST = {"n_resamples": 300}
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,18 @@ def texts(figure):
     return " | ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
 
 
-def choices(between, within):
-    """The overlaps of one pair of criteria and two seeds in twelve layers."""
-    rng = np.random.default_rng(0)
-    pair = ("One-hot CE / Entropy (HFPrune)", "One-hot CE, two seeds", "Entropy (HFPrune), two seeds", neurons.CHANCE)
-    levels = dict(zip(pair, (between, within, within, 0.3), strict=True))
-    places = [(name, level, layer) for name, level in levels.items() for layer in range(12)]
-    rows = [(MODEL, 0.2, layer, name, level + 0.01 * rng.normal(), 3) for name, level, layer in places]
-    return questions.choice(pd.DataFrame(rows, columns=neurons.OVERLAP), **FAST)
+def choices(between, within, n_seeds=3, noise=0.01, random=0):
+    """The overlaps of one pair of criteria with several seeds in twelve layers; `noise` is what a seed does to its overlaps."""
+    rng = np.random.default_rng(random)
+    names = ("One-hot CE / Entropy (HFPrune)", "One-hot CE, two seeds", "Entropy (HFPrune), two seeds", neurons.CHANCE)
+    same, two = [(seed, seed) for seed in range(n_seeds)], list(itertools.combinations(range(n_seeds), 2))
+    lucky = rng.normal(0, noise, (len(names), n_seeds)) * [[1], [1], [1], [0]]
+    rows = [
+        (MODEL, 0.2, layer, name, seeds, level + lucky[i, list(seeds)].mean() + 0.001 * rng.normal())
+        for i, (name, level, pairs) in enumerate(zip(names, (between, within, within, 0.3), (same, two, two, two), strict=True))
+        for layer in range(12) for seeds in pairs
+    ]  # fmt: skip
+    return questions.choice(pd.DataFrame(rows, columns=neurons.PAIRS))
 
 
 def test_different_choices_are_told_from_calibration_noise():
@@ -70,12 +74,15 @@ def test_different_choices_are_told_from_calibration_noise():
 def test_equal_choices_are_not_called_different():
     frame = choices(between=0.8, within=0.8)
     assert "by more than calibration noise at no ratio" in questions.choice_sentence(frame, MODEL)
-    nothing = questions.choice(pd.DataFrame(columns=neurons.OVERLAP))
+    assert "two seeds are too few" in questions.choice_sentence(choices(between=0.6, within=0.8, n_seeds=2), MODEL)
+    found = [choices(0.8, 0.8, random=number)["p_holm"].iloc[0] < 0.05 for number in range(200)]
+    assert np.mean(found) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200), "seeds are the unit: many layers prove nothing"
+    nothing = questions.choice(pd.DataFrame(columns=neurons.PAIRS))
     assert "two seeds each are needed" in questions.choice_sentence(nothing, MODEL)
 
 
 def test_the_overlap_of_a_study_gives_an_answer(tmp_path):
-    frame = questions.choice(neurons.kept_overlap(synthetic.prunings(tmp_path), measurements.CRITERIA), **FAST)
+    frame = questions.choice(neurons.kept_pairs(synthetic.prunings(tmp_path), measurements.CRITERIA))
     assert len(frame) == 9 and set(frame["ratio"]) == {0.1, 0.2, 0.3}
     assert (frame["between"] < frame["within"]).all() and "noise" in questions.choice_sentence(frame, MODEL)
 
@@ -91,7 +98,7 @@ def test_predictions_are_sums_over_the_silenced_neurons(predictions, experiment)
 
 
 def test_correlations_are_spearmans_within_layers(predictions):
-    table = questions.truth_table(predictions, ["Protocol. Synthetic."], **FAST)
+    table = questions.truth_table(predictions, ["Protocol. Synthetic."])
     row = table.long.query("predictor == 'entropy' and target == 'kl' and scope == 'within'").iloc[0]
     singles = predictions[(predictions["predictor"] == "entropy") & (predictions["size"] == 1)]
     expected = np.mean([stats.spearmanr(part["predicted"], part["kl"]).statistic for _, part in singles.groupby("layer")])
@@ -102,19 +109,19 @@ def test_correlations_are_spearmans_within_layers(predictions):
 
 
 def test_the_criterion_that_made_the_damage_is_called_closer(predictions):
-    assert "Entropy (HFPrune) is closer to the truth than" in questions.truth_sentence(predictions, MODEL, **FAST)
+    assert "Entropy (HFPrune) is closer to the truth than" in questions.truth_sentence(predictions, MODEL)
 
 
 def test_damage_that_no_criterion_knows_tells_none_apart(tmp_path, scorings):
     unrelated = questions.predictions([synthetic.experiments(tmp_path / "e", true_criterion=None)], scorings)
-    sentence = questions.truth_sentence(unrelated, MODEL, **FAST)
+    sentence = questions.truth_sentence(unrelated, MODEL)
     assert "closer to the truth" not in sentence and sentence.count("not told apart") == 3
     few = unrelated[unrelated["predictor"] == "entropy"]
     assert "fewer than two criteria" in questions.truth_sentence(few, MODEL)
 
 
 def test_differences_by_position_are_those_of_the_windows(results):
-    frame = questions.entropy_split(results, **FAST)
+    frame = questions.entropy_split(results)
     assert set(frame["positions"]) == set(questions.POSITIONS) and len(frame) == 2 * 2 * 2 * 3
     row = frame.query("corpus == 'c4' and ratio == 0.2 and positions == 'low_entropy' and other == 'one_hot_ce'").iloc[0]
     windows = results.fidelity_positions.query("corpus == 'c4' and ratio == 0.2 and positions == 'low_entropy'")
@@ -126,15 +133,15 @@ def test_differences_by_position_are_those_of_the_windows(results):
 
 
 def test_the_sentence_on_the_distribution_has_both_outcomes(results):
-    frame = questions.entropy_split(results, n_resamples=3000)  # Holm over 24 comparisons needs p-values below 0.002
+    frame = questions.entropy_split(results)
     sentence = questions.entropy_sentence(frame, MODEL)
     certain = frame[(frame["high"] < 0) & (frame["p_holm"] < 0.05) & (frame["other"] == "self_distillation")]
     assert len(certain) and f"against Self-distillation, closer in {len(certain)} and further away in 0 of 12" in sentence
     some = frame.assign(p_holm=frame["p_holm"].where(frame["positions"] == "low_entropy", 1.0))
     assert "(closer: c4, low-entropy half at " in questions.entropy_sentence(some, MODEL)
-    open_frame = frame.assign(low=-1.0, high=1.0)
-    undecided = questions.entropy_sentence(open_frame, MODEL)
+    undecided = questions.entropy_sentence(frame.assign(p_holm=1.0), MODEL)
     assert undecided.count("closer in 0 and further away in 0 of 12") == 2 and "(closer:" not in undecided
+    assert "says nothing about others" in questions.entropy_sentence(frame.assign(p=np.nan), MODEL)
     assert "not evaluated on the same" in questions.entropy_sentence(questions.entropy_split(None), MODEL)
 
 
@@ -185,10 +192,10 @@ def test_the_middle_ratio_is_that_of_the_prunings(tmp_path):
 
 
 def test_every_figure_says_what_it_shows(predictions, results, scorings, experiment):
-    table = questions.truth_table(predictions, **FAST)
+    table = questions.truth_table(predictions)
     words = texts(question_figures.truth(predictions, table.long, MODEL))
     assert "within a layer: " in words and "higher: worse" in words and "signed first-order CE" in words
-    words = texts(question_figures.entropy_split(questions.entropy_split(results, **FAST), MODEL))
+    words = texts(question_figures.entropy_split(questions.entropy_split(results), MODEL))
     assert "left: entropy is closer" in words and "high-entropy half" in words and "wikitext, 20 % removed" in words
     frames = questions.convergence(scorings, {MODEL: 0.4}), questions.corpora([experiment], {MODEL: 0.4})
     words = texts(question_figures.calibration(*frames, MODEL))
@@ -236,7 +243,7 @@ def test_the_notebook_answers_every_question(tmp_path, monkeypatch):
     for seed in (0, 1):
         artifact(study, "scoring", f"{seed:016x}", lambda to, s=seed: synthetic.scoring(to, s))
     artifact(study, "experiments", f"{0:016x}", synthetic.experiments)
-    made = stage.execute("questions", "asked", {"n_resamples": 200})
+    made = stage.execute("questions", "asked", {})
     answers = json.loads(made.path("answers.json").read_text())
     assert set(answers) == {"choice", "truth", "distribution", "calibration", "gradient"}
     assert all(len(sentences) == 1 and MODEL in sentences[0] for sentences in answers.values())

@@ -11,8 +11,6 @@ import synthetic
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import measurements, published, tables
 
-FAST = {"n_resamples": 200}
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -21,12 +19,12 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def criterion(results):
-    return tables.criterion_table(results, **FAST)
+    return tables.criterion_table(results)
 
 
 @pytest.fixture(scope="module")
 def paired(results):
-    return tables.paired_table(results, **FAST)
+    return tables.paired_table(results)
 
 
 def cell(table, column, criterion="entropy", ratio=0.2):
@@ -154,8 +152,9 @@ def test_protocol_names_what_a_reader_must_know(results):
 
 def test_detectable_differences_are_those_of_the_standard_error(paired):
     row = paired.long[paired.long["column"] == "average"].iloc[0]
-    assert row["detectable"] == pytest.approx(2.8016 * row["standard_error"], rel=1e-3)
-    assert row["detectable_holm"] > row["detectable"] > 0
+    # Three seeds leave more than the 2.80 standard errors of a known spread, and Holm's level reaches further into their tails.
+    assert row["detectable_holm"] / 1.5 > row["detectable"] > 2.8016 * row["standard_error"] > 0
+    assert paired.long["seed_share"].between(0, 1).all()
     assert f"{row['detectable']:.1f} / {row['detectable_holm']:.1f}" in list(paired.display["Detectable"])
     sentences = [s for s in tables.findings(tables.Table("c", "", paired.long.iloc[:0], None, ()), paired) if "80 %" in s]
     assert not sentences, "a model without cells has no sentence"
@@ -236,13 +235,14 @@ def test_a_task_that_carries_an_average_is_named():
     )
     mean = (-60 - 1) / 3
     row = {"model": "m", "ratio": 0.1, "column": "average", "measure": "average", "a": "entropy", "b": "one_hot_ce", "mean": mean}
-    decided = tables.carried_by_one_task(cells, pd.DataFrame([row | {"low": mean - 5, "high": mean + 5}]))
+    row["verdict"] = "One-hot CE better"
+    decided = tables.carried_by_one_task(cells, pd.DataFrame([row]))
     assert decided == [
         "m at 10 %: of the -20.3 points between the averages of Entropy (HFPrune) and One-hot CE, boolq alone makes -20.0."
     ]
-    assert tables.carried_by_one_task(cells, pd.DataFrame([row | {"low": mean - 5, "high": 1.0}])) == []
+    assert tables.carried_by_one_task(cells, pd.DataFrame([row | {"verdict": "One-hot CE better, not after Holm"}])) == []
     even = cells.assign(mean=cells["criterion"].map({"entropy": 40.0, "one_hot_ce": 60.0}))
-    assert tables.carried_by_one_task(even, pd.DataFrame([row | {"mean": -20.0, "low": -25.0, "high": -15.0}])) == []
+    assert tables.carried_by_one_task(even, pd.DataFrame([row | {"mean": -20.0}])) == []
 
 
 def test_findings_repeat_the_tables_and_claim_no_more(criterion, paired):
@@ -257,7 +257,7 @@ def test_findings_repeat_the_tables_and_claim_no_more(criterion, paired):
 def test_crows_pairs_is_no_accuracy_and_gets_a_second_average(tmp_path):
     tasks = {"boolq": "acc", "crows_pairs_english": "pct_stereotype"}
     folders = synthetic.study(tmp_path, ("entropy",), (0.2,), tasks=tasks)
-    table = tables.criterion_table(measurements.collect(folders), **FAST)
+    table = tables.criterion_table(measurements.collect(folders))
     assert cell(table, "average_without_crows")["mean"] == pytest.approx(cell(table, "boolq")["mean"])
     assert cell(table, "average")["mean"] != cell(table, "average_without_crows")["mean"]
 
@@ -266,7 +266,7 @@ def test_only_tasks_of_every_model_enter_the_average(tmp_path):
     folders = synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,))
     items = pd.read_parquet(folders[1] / "items.parquet")
     items[items["task"] != "boolq"].to_parquet(folders[1] / "items.parquet")
-    table = tables.criterion_table(measurements.collect(folders), **FAST)
+    table = tables.criterion_table(measurements.collect(folders))
     assert "average of 3 tasks, %" in table.display and table.display.loc[1, "boolq acc, %"] == tables.ABSENT
 
 
@@ -276,7 +276,7 @@ def test_a_study_without_one_kind_of_measurement_says_so(tmp_path, removed):
     for path in tmp_path.glob(f"*/{removed}.parquet"):
         path.unlink()
     results = measurements.collect(folders)
-    criterion, paired = tables.criterion_table(results, **FAST), tables.paired_table(results, **FAST)
+    criterion, paired = tables.criterion_table(results), tables.paired_table(results)
     tables.ablation_table(criterion).markdown()
     tables.fidelity_table(criterion).markdown()
     tables.findings(criterion, paired)
@@ -285,7 +285,7 @@ def test_a_study_without_one_kind_of_measurement_says_so(tmp_path, removed):
 
 def test_one_criterion_one_seed_and_no_dense_model(tmp_path):
     results = measurements.collect(synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,), dense=False))
-    criterion, paired = tables.criterion_table(results, **FAST), tables.paired_table(results, **FAST)
+    criterion, paired = tables.criterion_table(results), tables.paired_table(results)
     assert paired.long.empty and "nothing to compare" in paired.notes[0] and "No rows." in paired.markdown()
     assert "dense model was not evaluated" in criterion.markdown()
     assert tables.findings(criterion, paired)
@@ -293,7 +293,7 @@ def test_one_criterion_one_seed_and_no_dense_model(tmp_path):
 
 def test_only_the_dense_model(tmp_path):
     results = measurements.collect(synthetic.study(tmp_path, ()))
-    criterion = tables.criterion_table(results, **FAST)
+    criterion = tables.criterion_table(results)
     assert "Nothing of this table was measured" in tables.fidelity_table(criterion).markdown()
     assert list(criterion.display["Criterion"]) == ["Dense"]
 
@@ -302,7 +302,7 @@ def test_two_models_stay_apart(tmp_path):
     pair = ("entropy", "one_hot_ce")
     folders = [f for m in ("a/one", "two") for f in synthetic.study(tmp_path / m, pair, (0.2,), model=m)]
     results = measurements.collect(folders)
-    criterion, paired = tables.criterion_table(results, **FAST), tables.paired_table(results, **FAST)
+    criterion, paired = tables.criterion_table(results), tables.paired_table(results)
     assert list(criterion.display["Model"].unique()) == ["a/one", "two"] and "Model" in paired.display
     assert list(tables.ablation_table(criterion).display["Model"].unique()) == ["a/one", "two"]
 
@@ -312,13 +312,13 @@ def test_a_model_that_broke_shows_not_finite(tmp_path):
     windows = pd.read_parquet(folders[1] / "perplexity.parquet")
     windows.assign(nll=np.nan).to_parquet(folders[1] / "perplexity.parquet")
     results = measurements.collect(folders)
-    assert "not finite" in tables.criterion_table(results, **FAST).markdown()
-    assert "not finite" in tables.paired_table(results, **FAST).markdown()
+    assert "not finite" in tables.criterion_table(results).markdown()
+    assert "not finite" in tables.paired_table(results).markdown()
 
 
 def test_order_of_the_folders_does_not_matter(tmp_path):
     folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.1, 0.2))
-    one, two = (tables.criterion_table(measurements.collect(order), **FAST) for order in (folders, folders[::-1]))
+    one, two = (tables.criterion_table(measurements.collect(order)) for order in (folders, folders[::-1]))
     pd.testing.assert_frame_equal(one.long, two.long)
 
 

@@ -5,10 +5,8 @@ dense one is the difference in differences, `(pruned tuned - pruned untuned) - (
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -28,7 +26,7 @@ from hfprune_nb.report.measurements import (
     sample,
     variant,
 )
-from hfprune_nb.report.tables import ABSENT, Table, format_cell, format_p
+from hfprune_nb.report.tables import ABSENT, ONE_SEED, Table, format_cell, format_p, within_limits
 
 MEASURED = ("task", "average", "average_without_crows", "perplexity")
 SHOWN = ("average", "average_without_crows", "perplexity")
@@ -59,8 +57,8 @@ PAPER_REMARK = (
 )
 READING = (
     "'tuned - untuned' and 'gain beyond the dense model's' are paired by item and calibration seed: percentage points for "
-    "tasks, nats per token for perplexity (negative is better there), with 95 % bootstrap intervals and p-values, which are not "
-    "corrected for the number of rows."
+    "tasks, nats per token for perplexity (negative is better there), with 95 % intervals over seeds and items; p-values carry "
+    "Holm's correction over all differences of one column on one model. One seed gives no p-value and no verdict."
 )
 
 
@@ -95,20 +93,21 @@ class Recovered:
         return pd.DataFrame() if found is None else sample(found, column, model, criterion, ratio)
 
 
-def controls_table(recovered: Recovered, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> Table:
+def controls_table(recovered: Recovered) -> Table:
     """Return the table of controls: a row per model state, then its gains from tuning.
 
     `long` has the columns model, ratio, criterion, compensation, state (untuned, tuned, the two differences), column, measure,
-    label, mean, low, high, p (differences only), n_seeds, n_items, source and note.
+    label, mean, low, high, p and p_holm (differences only), n_seeds, n_items, source and note.
     """
     rows = []
     for model in recovered.plain.model_names:
         shown = [column for column in columns(recovered.plain, model) if column.measure in MEASURED]
         for place in _places(recovered, model):
             for column in shown:
-                cells = _cells(recovered, model, *place, column, n_resamples, seed)
+                cells = _cells(recovered, model, *place, column)
                 rows += [{**_keys(model, place), **_named(column), **cell} for cell in cells]
     long = pd.DataFrame(rows)
+    long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p))
     notes = (READING, _spent_sentence(recovered), _paper_remark(recovered), protocol_note(recovered.plain))
     title = "Recovery and its controls: the same recipe, data and seed for every tuned row (measured)"
     return Table("recovery", title, long, _display(recovered, long), notes)
@@ -157,11 +156,9 @@ def sentences(table: Table) -> list[str]:
         dense = average[(average["model"] == model) & (average["criterion"] == "dense") & (average["state"] == GAIN)]
         gain, beyond = by_state[GAIN], by_state[BEYOND]
         repaired = f", repaired by {REPAIRS[compensation]}" if REPAIRS.get(compensation) else ""
-        verdict = (
-            "the two gains are not told apart"
-            if not (beyond["low"] > 0 or beyond["high"] < 0)
-            else f"the pruned model gained {'more' if beyond['mean'] > 0 else 'less'}"
-        )
+        verdict = ONE_SEED if pd.isna(beyond["p_holm"]) else "the two gains are not told apart"
+        if beyond["p_holm"] < 1 - intervals.LEVEL:
+            verdict = f"the pruned model gained {'more' if beyond['mean'] > 0 else 'less'}"
         found.append(
             f"{model}, {label(criterion)} at {percent(ratio)}{repaired}: tuning changed the average by {_points(gain)} points, "
             f"that of the dense model by {_points(dense.iloc[0])}; difference {_points(beyond)}: {verdict}."
@@ -179,7 +176,7 @@ def _places(recovered: Recovered, model: str) -> list[tuple[str, float, str]]:
     return sorted(found, key=lambda place: (place[1], order.index(place[0]), list(REPAIRS).index(place[2])))
 
 
-def _cells(recovered, model, criterion, ratio, compensation, column, n_resamples, seed) -> list[dict]:
+def _cells(recovered, model, criterion, ratio, compensation, column) -> list[dict]:
     def given(tuned, which=criterion, at=ratio):
         return recovered.sample(tuned, compensation, column, model, which, at)
 
@@ -187,21 +184,18 @@ def _cells(recovered, model, criterion, ratio, compensation, column, n_resamples
     frames = {tuned: given(tuned) for tuned in CONTROL}
     for tuned, frame in frames.items():
         if len(frame):
-            interval = intervals.hierarchical_interval(frame, seed, n_resamples)
-            if column.measure == "perplexity":
-                bounds = np.exp([interval.mean, interval.low, interval.high]).tolist()
-                interval = replace(interval, **dict(zip(("mean", "low", "high"), bounds, strict=True)))
+            interval = within_limits(intervals.mean_interval(frame), column.measure)
             found.append({"state": CONTROL[tuned], **_numbers(interval)})
     if not all(map(len, frames.values())):
         return found
-    gain = intervals.paired_difference(frames[True], frames[False], seed, n_resamples)
+    gain = intervals.paired_difference(frames[True], frames[False])
     found.append({"state": GAIN, **_numbers(gain)})
     dense = {tuned: given(tuned, "dense", 0.0) for tuned in CONTROL}
     if criterion != "dense" and all(map(len, dense.values())):
         own, control = _changes(frames), _changes(dense)
         # The dense model has no calibration seed: its gain stands beside each of them.
         spread = pd.concat([control.assign(seed=value) for value in own["seed"].unique()], ignore_index=True)
-        found.append({"state": BEYOND, **_numbers(intervals.paired_difference(own, spread, seed, n_resamples))})
+        found.append({"state": BEYOND, **_numbers(intervals.paired_difference(own, spread))})
     return found
 
 
@@ -248,7 +242,8 @@ def _text(cell: dict) -> str:
         return format_cell(cell)
     digits = 1 if UNITS[cell["measure"]] == "%" else 3
     values = [f"{cell[name]:+.{digits}f}" for name in ("mean", "low", "high")]
-    return f"{values[0]} [{values[1]}, {values[2]}], p {format_p(cell['p'])}"
+    told = "one seed" if pd.isna(cell["p_holm"]) else f"p {format_p(cell['p_holm'])}"
+    return f"{values[0]} [{values[1]}, {values[2]}], {told}"
 
 
 def _points(cell) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from hfprune_nb.errors import UserError
@@ -32,6 +33,8 @@ MEASURES = {
     "top1": "top-1 agreement",
 }
 UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "jaccard15": "", "top1": "%"}
+# What no value can leave, so that no interval does.
+LIMITS = {"task": (0, 100), "average": (0, 100), "js": (0, 1), "kl": (0, np.inf), "jaccard15": (0, 1), "top1": (0, 100)}
 LOWER_IS_BETTER = ("perplexity", "js", "kl")
 FRAME_NAMES = {"items": "benchmark tasks", "perplexity": "perplexity", "fidelity": "fidelity to the dense model"}
 SETTINGS = (

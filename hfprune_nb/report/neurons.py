@@ -16,6 +16,7 @@ from hfprune_nb.report.measurements import in_order, label, rank
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
 OVERLAP = ["model", "ratio", "layer", "comparison", "jaccard", "n_pairs"]
+PAIRS = ["model", "ratio", "layer", "comparison", "seeds", "jaccard"]
 CHANCE = "chance"
 
 
@@ -80,7 +81,13 @@ def rank_agreement(scoring_folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def kept_overlap(pruning_folders: Iterable[Path], criteria: Iterable[str]) -> pd.DataFrame:
-    """Return the Jaccard overlap of kept sets by model, ratio and layer, averaged over all pairs of one `comparison`.
+    """Return the Jaccard overlap of kept sets by model, ratio and layer, averaged over all pairs of one `comparison`."""
+    grouped = kept_pairs(pruning_folders, criteria).groupby(OVERLAP[:-2], sort=False)["jaccard"]
+    return grouped.agg(jaccard="mean", n_pairs="size").reset_index()
+
+
+def kept_pairs(pruning_folders: Iterable[Path], criteria: Iterable[str]) -> pd.DataFrame:
+    """Return the Jaccard overlap of each pair of kept sets by model, ratio and layer; `seeds` is the pair of their seeds.
 
     Comparisons: two `criteria` with the same seed ("One-hot CE / Entropy (HFPrune)"), one criterion with two seeds
     ("Entropy (HFPrune), two seeds"), and "chance", the exact expectation for two random sets of these sizes.
@@ -91,14 +98,12 @@ def kept_overlap(pruning_folders: Iterable[Path], criteria: Iterable[str]) -> pd
     rows = []
     for (model, ratio), group in itertools.groupby(prunings, key=_place):
         for (a, kept_a), (b, kept_b) in itertools.combinations(group, 2):
-            comparison = _comparison(a, b)
+            comparison, seeds = _comparison(a, b), (a["seed"], b["seed"])
             for layer, (left, right) in enumerate(zip(kept_a, kept_b, strict=True) if comparison else ()):
-                rows.append([model, ratio, layer, comparison, jaccard(left, right)])
+                rows.append([model, ratio, layer, comparison, seeds, jaccard(left, right)])
                 width = _width(a, layer)
-                rows.append([model, ratio, layer, CHANCE, chance_jaccard(len(left), len(right), width)])
-    frame = pd.DataFrame(rows, columns=OVERLAP[:-1])
-    grouped = frame.groupby(OVERLAP[:-2], sort=False)["jaccard"]
-    return grouped.agg(jaccard="mean", n_pairs="size").reset_index()
+                rows.append([model, ratio, layer, CHANCE, seeds, chance_jaccard(len(left), len(right), width)])
+    return pd.DataFrame(rows, columns=PAIRS)
 
 
 def _reading_order(pruning: tuple[dict, list]) -> tuple:

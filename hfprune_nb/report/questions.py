@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from scipy import stats
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import intervals, neurons
@@ -36,6 +37,7 @@ TRUTH_COLUMNS = {
 }
 POSITIONS = {"all": "all positions", "low_entropy": "low-entropy half", "high_entropy": "high-entropy half"}
 NEXT_SEED = ", next seed"
+CHOICE = ["model", "ratio", "pair", "between", "within", "chance", "difference", "low", "high", "p"]
 
 
 def neuron_ratio(pruning_folders: Iterable[Path], model: str) -> float:
@@ -61,31 +63,45 @@ def overlap(a: np.ndarray, b: np.ndarray, ratio: float) -> float:
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Return Spearman's correlation of two importances (layers, neurons), the mean over layers."""
     layers = np.repeat(np.arange(len(a)), a.shape[1])
-    return intervals.rank_correlation(a.ravel(), b.ravel(), n_resamples=1, group=layers).mean
+    return intervals.spearman(a.ravel(), b.ravel(), layers)
 
 
 # Do the criteria choose different neurons?
 
 
-def choice(kept_overlap: pd.DataFrame, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def choice(kept_pairs: pd.DataFrame) -> pd.DataFrame:
     """Return for each model, ratio and pair of criteria how much less they overlap than two seeds of one criterion.
 
-    `kept_overlap` is `neurons.kept_overlap`. between : Jaccard of the two criteria with the same seed; within : the mean of
-    both criteria's overlap between two seeds; chance; difference : within minus between with its 95 % interval over layers.
+    `kept_pairs` is `neurons.kept_pairs`. between : Jaccard of the two criteria with the same seed; within : the mean of
+    both criteria's overlap between two seeds; chance; difference : within minus between with its 95 % interval and p-value,
+    from the jackknife over seeds, which three or more can give; p_holm : after Holm's correction over the rows of a model.
     """
     rows = []
-    for (model, ratio), part in kept_overlap.groupby(["model", "ratio"], sort=False):
-        layers = part.pivot(index="layer", columns="comparison", values="jaccard")
-        for pair in [name for name in layers if " / " in name]:
+    for (model, ratio), part in kept_pairs.groupby(["model", "ratio"], sort=False):
+        layers = part.groupby(["comparison", "seeds"], sort=False)["jaccard"].mean()
+        for pair in [name for name in layers.index.unique(0) if " / " in name]:
             floors = [f"{side}, two seeds" for side in pair.split(" / ")]
-            if not set(floors) <= set(layers):
+            if not set(floors) <= set(layers.index.unique(0)):
                 continue
-            within = layers[floors].mean(axis=1)
-            interval = intervals.bootstrap_interval(within - layers[pair], seed, n_resamples)
-            row = {"model": model, "ratio": ratio, "pair": pair, "between": layers[pair].mean(), "within": within.mean()}
-            bounds = {"difference": interval.mean, "low": interval.low, "high": interval.high}
-            rows.append(row | {"chance": layers[neurons.CHANCE].mean()} | bounds)
-    return pd.DataFrame(rows, columns=["model", "ratio", "pair", "between", "within", "chance", "difference", "low", "high"])
+            between, within = layers[pair], layers[floors].groupby(level="seeds", sort=False).mean()
+            row = {"model": model, "ratio": ratio, "pair": pair, "between": between.mean(), "within": within.mean()}
+            rows.append(row | {"chance": layers[neurons.CHANCE].mean()} | _over_seeds(between, within))
+    frame = pd.DataFrame(rows, columns=CHOICE)
+    frame["p_holm"] = frame.groupby("model")["p"].transform(lambda p: intervals.holm(p)) if rows else []
+    return frame
+
+
+def _over_seeds(between: pd.Series, within: pd.Series) -> dict:
+    """Return within minus between, its interval and p-value; both are indexed by their pair of seeds."""
+    difference, seeds = within.mean() - between.mean(), {seed for pair in between.index for seed in pair}
+    found = {"difference": difference, "low": np.nan, "high": np.nan, "p": np.nan}
+    if len(seeds) < 3:
+        return found
+    kept = [[side[[seed not in pair for pair in side.index]].mean() for side in (within, between)] for seed in seeds]
+    pseudo = [len(seeds) * difference - (len(seeds) - 1) * (without - same) for without, same in kept]
+    test = stats.ttest_1samp(pseudo, 0)
+    low, high = difference - np.mean(pseudo) + np.array(test.confidence_interval(intervals.LEVEL))
+    return found | {"low": low, "high": high, "p": test.pvalue}
 
 
 def choice_sentence(frame: pd.DataFrame, model: str) -> str:
@@ -95,13 +111,17 @@ def choice_sentence(frame: pd.DataFrame, model: str) -> str:
         return f"{model}: two criteria with two seeds each are needed to say whether the criteria choose different neurons."
     told = []
     for pair, part in rows.groupby("pair", sort=False):
-        more = (part["low"] > 0).to_numpy()
+        more = ((part["difference"] > 0) & (part["p_holm"] < 1 - intervals.LEVEL)).to_numpy()
         where = "at every ratio" if more.all() else "at " + _listed(part.loc[more, "ratio"]) if more.any() else "at no ratio"
+        verdict = f"so they differ by more than calibration noise {where}"
         told.append(
-            f"{pair} overlap {_range(part['between'])} where two seeds of one criterion overlap {_range(part['within'])}, so "
-            f"they differ by more than calibration noise {where}"
+            f"{pair} overlap {_range(part['between'])} where two seeds of one criterion overlap {_range(part['within'])}, "
+            + (verdict if part["p"].notna().any() else "and two seeds are too few to judge the difference")
         )
-    return f"{model}, Jaccard of kept neurons (chance {_range(rows['chance'])}): " + "; ".join(told) + "."
+    return (
+        f"{model}, Jaccard of kept neurons (chance {_range(rows['chance'])}; jackknife over seeds, Holm's correction over "
+        f"{len(rows)}): {'; '.join(told)}."
+    )
 
 
 def _range(values: pd.Series) -> str:
@@ -169,7 +189,7 @@ def experiment_notes(experiment_folders: Iterable[Path]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def truth_table(frame: pd.DataFrame, notes: Iterable[str] = (), n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> Table:
+def truth_table(frame: pd.DataFrame, notes: Iterable[str] = ()) -> Table:
     """Return how well each predictor ranks real damage: Spearman with 95 % intervals over ablations, `notes` below.
 
     `frame` is `predictions`. Single neurons are ranked within their layer, as pruning does, and over all layers; groups over
@@ -184,21 +204,17 @@ def truth_table(frame: pd.DataFrame, notes: Iterable[str] = (), n_resamples: int
                 continue
             real = _target(chosen, target, predictor)
             labels = None if group is None else chosen[group]
-            found = intervals.rank_correlation(chosen["predicted"], real, seed, n_resamples, labels)
+            found = intervals.rank_correlation(chosen["predicted"], real, labels)
             place = {"model": model, "predictor": predictor, "target": target, "scope": scope, "n": len(chosen)}
             rows.append(place | {"spearman": found.mean, "low": found.low, "high": found.high})
     long = pd.DataFrame(rows, columns=["model", "predictor", "target", "scope", "n", "spearman", "low", "high"])
     display = []
     for (model, predictor), part in long.groupby(["model", "predictor"], sort=False):
         cells = part.set_index(["target", "scope"])
-        texts = {
-            heading: "{spearman:.2f} [{low:.2f}, {high:.2f}]".format(**cells.loc[place])
-            for place, heading in TRUTH_COLUMNS.items()
-            if place in cells.index
-        }
+        texts = {heading: _correlation(cells.loc[place]) for place, heading in TRUTH_COLUMNS.items() if place in cells.index}
         display.append({"Model": model, "Prediction": predictor_label(predictor)} | texts)
     method = (
-        "Spearman rank correlation between predicted and measured damage, 95 % bootstrap intervals over ablations: 1 is the same "
+        "Spearman rank correlation between predicted and measured damage, 95 % jackknife intervals over ablations: 1 is the same "
         "order, 0 no relation. Neurons were drawn from strata of importance, so the range of damage is wider than among neurons "
         "drawn at random.",
         "Predicted: importance from the study's calibration text, mean over seeds, summed over the silenced neurons; 'same text' "
@@ -209,11 +225,15 @@ def truth_table(frame: pd.DataFrame, notes: Iterable[str] = (), n_resamples: int
     return Table("truth", "Predicted against measured damage of silenced neurons (measured)", long, display, (*method, *notes))
 
 
+def _correlation(cell: pd.Series) -> str:
+    return f"{cell['spearman']:.2f}" + ("" if np.isnan(cell["low"]) else f" [{cell['low']:.2f}, {cell['high']:.2f}]")
+
+
 def _target(rows: pd.DataFrame, target: str, predictor: str) -> pd.Series:
     return rows[target] if predictor in ("predicted_ce", "predicted_entropy") else rows[target].abs()
 
 
-def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> str:
+def truth_sentence(frame: pd.DataFrame, model: str) -> str:
     """Return one sentence: how well the criteria rank the damage (KL) of single neurons within a layer, and which better."""
     rows = frame[(frame["model"] == model) & (frame["size"] == 1) & frame["predictor"].isin(CRITERIA)]
     names = in_order(rows["predictor"].unique())
@@ -221,22 +241,22 @@ def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = intervals
         return f"{model}: fewer than two criteria were scored and tested by ablation, so none can be called closer to the truth."
     sides = {name: rows[rows["predictor"] == name] for name in names}
     layer = sides[names[0]]["layer"]
-    kl, options = sides[names[0]]["kl"], {"seed": seed, "n_resamples": n_resamples, "group": layer}
-    found = {name: intervals.rank_correlation(part["predicted"], kl, **options) for name, part in sides.items()}
+    kl = sides[names[0]]["kl"]
+    found = {name: intervals.rank_correlation(part["predicted"], kl, layer) for name, part in sides.items()}
     told = ", ".join(f"{label(name)} {i.mean:.2f} [{i.low:.2f}, {i.high:.2f}]" for name, i in found.items())
     pairs = list(itertools.combinations(names, 2))
     differences = [
-        intervals.rank_correlation_difference(sides[a]["predicted"], sides[b]["predicted"], kl, **options) for a, b in pairs
+        intervals.rank_correlation_difference(sides[a]["predicted"], sides[b]["predicted"], kl, layer) for a, b in pairs
     ]
     verdicts = []
     for (a, b), difference, p in zip(pairs, differences, intervals.holm([d.p for d in differences]), strict=True):
-        if difference.crosses_zero or p >= 1 - intervals.LEVEL:
-            verdicts.append(f"{label(a)} and {label(b)} are not told apart (p {format_p(p)})")
-        else:
+        if p < 1 - intervals.LEVEL:
             first, second = (a, b) if difference.mean > 0 else (b, a)
             verdicts.append(f"{label(first)} is closer to the truth than {label(second)} (p {format_p(p)})")
+        else:
+            verdicts.append(f"{label(a)} and {label(b)} are not told apart (p {format_p(p)})")
     signed = frame[(frame["model"] == model) & (frame["size"] == 1) & (frame["predictor"] == "predicted_ce")]
-    exact = intervals.rank_correlation(signed["predicted"], signed["ce"], **options).mean
+    exact = intervals.spearman(signed["predicted"], signed["ce"], signed["layer"])
     return (
         f"{model}, rank correlation of importance with the measured KL of {len(kl)} single neurons within {layer.nunique()} "
         f"layers: {told}; after Holm's correction {'; '.join(verdicts)}. (For comparison, the signed first-order estimate on the "
@@ -247,7 +267,7 @@ def truth_sentence(frame: pd.DataFrame, model: str, n_resamples: int = intervals
 # Does entropy keep the distribution?
 
 
-def entropy_split(results: Results, measure: str = "kl", n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def entropy_split(results: Results, measure: str = "kl") -> pd.DataFrame:
     """Return paired differences of `measure` (entropy minus another criterion) by corpus, ratio and kind of position.
 
     positions : all, or the half where the dense model's entropy is below or above its median. `p_holm` is over all rows of a
@@ -265,7 +285,7 @@ def entropy_split(results: Results, measure: str = "kl", n_resamples: int = inte
             sides = [sample(results, column, model, name, ratio, where) for name in ("entropy", other)]
             if any(side.empty for side in sides) or not set(sides[0]["seed"]) & set(sides[1]["seed"]):
                 continue
-            d = intervals.paired_difference(*sides, seed, n_resamples)
+            d = intervals.paired_difference(*sides)
             place = {"model": model, "corpus": corpus, "ratio": ratio, "positions": where, "other": other}
             means = {"entropy": sides[0]["value"].mean(), "value_other": sides[1]["value"].mean()}
             rows.append(place | means | {"difference": d.mean, "low": d.low, "high": d.high, "p": d.p})
@@ -279,9 +299,11 @@ def entropy_sentence(frame: pd.DataFrame, model: str) -> str:
     rows = frame[frame["model"] == model]
     if rows.empty:
         return f"{model}: entropy and another criterion were not evaluated on the same held-out text."
+    if rows["p"].isna().all():
+        return f"{model}: entropy and another criterion share one calibration seed, which says nothing about others."
     told = []
     for other, part in rows.groupby("other", sort=False):
-        certain = part[((part["low"] > 0) | (part["high"] < 0)) & (part["p_holm"] < 1 - intervals.LEVEL)]
+        certain = part[part["p_holm"] < 1 - intervals.LEVEL]
         closer, further = certain[certain["difference"] < 0], certain[certain["difference"] > 0]
         verdict = f"against {label(other)}, closer in {len(closer)} and further away in {len(further)} of {len(part)} comparisons"
         for name, found in (("closer", closer), ("further away", further)):
@@ -319,8 +341,8 @@ def entropy_table(frame: pd.DataFrame, results: Results | None) -> Table:
     )
     note = (
         "KL(dense, pruned) in nats; positions are split at the median entropy of the dense model's distribution over a corpus. "
-        "Differences are paired by window and calibration seed, hierarchical bootstrap; Holm's correction is over all rows of a "
-        "model. Negative: entropy stays closer to the dense model."
+        "Differences are paired by window and calibration seed, interval and p over both (one seed gives no p-value); Holm's "
+        "correction is over all rows of a model. Negative: entropy stays closer to the dense model."
     )
     notes = (note,) if results is None else (note, protocol_note(results))
     return Table("entropy_split", "KL to the dense model by position, entropy against others (measured)", frame, display, notes)

@@ -14,6 +14,7 @@ from hfprune_nb.report import intervals, published
 from hfprune_nb.report.measurements import (
     CRITERIA,
     FIDELITY,
+    LIMITS,
     LOWER_IS_BETTER,
     MEASURES,
     UNITS,
@@ -49,6 +50,7 @@ PAIRED = [
     "p",
     "p_items",
     "standard_error",
+    "seed_share",
     "n_seeds",
     "n_items",
     "note",
@@ -68,6 +70,7 @@ PAIRED_DISPLAY = [
     "Verdict",
 ]
 ABSENT = "–"
+ONE_SEED = "one seed: no verdict"
 INCONSISTENT = "†"
 MARKS = {"better": "▲", "worse": "▼", "": ""}
 DEFINITIONS = (
@@ -76,9 +79,9 @@ DEFINITIONS = (
     "nats, top-15 Jaccard the overlap of the 15 likeliest tokens, top-1 agreement the share of equal likeliest tokens."
 )
 INTERVALS = (
-    "Cells are means with 95 % intervals: hierarchical bootstrap over calibration seeds and items (items only where "
-    "there is one seed or none). Three seeds tell little about the spread between calibration sets: where that spread "
-    "dominates, such intervals cover about 75 % in simulation, not 95 %."
+    "Cells are means with 95 % intervals over calibration seeds and items, each with the degrees of freedom that its number "
+    "gives (Behrens and Fisher); over items only where there is one seed or none. In simulation they cover 95 % or more with "
+    "two seeds and with more, whatever part of the variance is the seeds': few seeds show in the width."
 )
 
 
@@ -137,7 +140,7 @@ class Table:
         return written
 
 
-def criterion_table(results: Results, n_resamples: int = intervals.N_RESAMPLES, seed: int = 0) -> Table:
+def criterion_table(results: Results) -> Table:
     """Return the main table: rows dense and each criterion x ratio, columns tasks, average, perplexity and fidelity.
 
     `long` has the columns model, criterion, ratio, column, measure, label, unit, mean, low, high, n_seeds, n_items,
@@ -149,7 +152,7 @@ def criterion_table(results: Results, n_resamples: int = intervals.N_RESAMPLES, 
         pairs = set(zip(of_model["criterion"], of_model["ratio"], strict=True))
         ordered = sorted(pairs, key=lambda pair: (pair[1], in_order(of_model["criterion"]).index(pair[0])))
         for (criterion, ratio), column in itertools.product(ordered, columns(results, model)):
-            interval = _cell(sample(results, column, model, criterion, ratio), column.measure, n_resamples, seed)
+            interval = _cell(sample(results, column, model, criterion, ratio), column.measure)
             rows.append(
                 {
                     "model": model,
@@ -176,17 +179,20 @@ def criterion_table(results: Results, n_resamples: int = intervals.N_RESAMPLES, 
     return Table("criterion", title, long, display, (INTERVALS, *_cell_notes(long), protocol_note(results)))
 
 
-def _cell(frame: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> intervals.Interval:
+def _cell(frame: pd.DataFrame, measure: str) -> intervals.Interval:
     if frame.empty:
         return intervals.Interval(np.nan, np.nan, np.nan, 0, 0, "not measured")
     if not np.isfinite(frame["value"]).all():
         return intervals.Interval(np.nan, np.nan, np.nan, frame["seed"].nunique(), len(frame), "not finite")
-    interval = intervals.hierarchical_interval(frame, seed, n_resamples)
-    if measure != "perplexity":
-        return interval
+    return within_limits(intervals.mean_interval(frame), measure)
+
+
+def within_limits(interval: intervals.Interval, measure: str) -> intervals.Interval:
+    """Return a cell's interval in the unit of its table, perplexity for log-perplexity, inside the measure's limits."""
+    bounds = np.array([interval.mean, interval.low, interval.high])
     with np.errstate(over="ignore"):
-        bounds = np.exp([interval.mean, interval.low, interval.high])
-    return intervals.Interval(*map(float, bounds), interval.n_seeds, interval.n_items, interval.note)
+        bounds = np.exp(bounds) if measure == "perplexity" else np.clip(bounds, *LIMITS[measure])
+    return replace(interval, **dict(zip(("mean", "low", "high"), bounds.tolist(), strict=True)))
 
 
 def _display(long: pd.DataFrame, text: Callable[[dict], str]) -> pd.DataFrame:
@@ -339,19 +345,14 @@ def _at(cells: pd.DataFrame, key: tuple[str, float], column: str) -> dict | None
     return found.iloc[0].to_dict() if len(found) else None
 
 
-def paired_table(
-    results: Results,
-    criteria: tuple[str, ...] = CRITERIA,
-    n_resamples: int = intervals.N_RESAMPLES,
-    seed: int = 0,
-) -> Table:
+def paired_table(results: Results, criteria: tuple[str, ...] = CRITERIA) -> Table:
     """Return the differences A - B of the criteria by ratio, paired on the same items and calibration seeds.
 
-    Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is bootstrap-inverted over
-    seeds and items, `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` a
-    test on items averaged over these seeds (exact sign test on tasks, McNemar's for one seed; Wilcoxon on windows).
-    `detectable` is the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's strictest
-    level (`intervals.smallest_detectable`).
+    Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is over seeds and items,
+    `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` over items for these seeds
+    (`intervals.paired_difference`); all three test the difference that is printed. `seed_share` is the part of the seeds in
+    the variance, `detectable` the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's
+    strictest level (`intervals.Errors.detectable`). With one common seed there is neither p nor detectable.
     """
     rows = []
     for model in results.model_names:
@@ -362,28 +363,30 @@ def paired_table(
             for b, a in itertools.combinations(present, 2):
                 sides = [sample(results, column, model, criterion, ratio) for criterion in (a, b)]
                 row = {"model": model, "ratio": ratio, "column": column.name, "measure": column.measure, "a": a, "b": b}
-                rows.append(row | _difference(*sides, column.measure, n_resamples, seed))
-    long = pd.DataFrame(rows, columns=PAIRED)
+                rows.append(row | _difference(*sides))
+    long = pd.DataFrame(rows, columns=[*PAIRED, "errors"])
     long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p)) if rows else []
     long["verdict"] = [_verdict(row) for row in long.to_dict("records")]
     long["source"] = "measured"
     families = long.groupby(["model", "column"])["p"].count()
     sizes = long.groupby(["model", "column"])["p"].transform("count").clip(lower=1)
-    errors = list(zip(long["standard_error"], sizes, strict=True))
-    long["detectable"] = [intervals.smallest_detectable(error) for error, _ in errors]
-    long["detectable_holm"] = [intervals.smallest_detectable(error, size) for error, size in errors]
+    judged = list(zip(long.pop("errors"), long["p"].notna(), sizes, strict=True))
+    long["detectable"] = [errors.detectable() if known else np.nan for errors, known, _ in judged]
+    long["detectable_holm"] = [errors.detectable(size) if known else np.nan for errors, known, size in judged]
     notes = [
-        "Differences A - B are paired on the same items and calibration seeds; interval and p from the hierarchical "
-        "bootstrap (p inverted from the replicates). Averages in points, perplexity as difference of log-perplexity in "
-        "nats per token, JS and KL in their own units; lower is better for all but averages.",
+        "Differences A - B are paired on the same items and calibration seeds; interval and p are over both, with the degrees of "
+        "freedom of the seeds for their part of the variance and those of the items for the rest (Behrens and Fisher). Averages "
+        "in points, perplexity as difference of log-perplexity in nats per token, JS and KL in their own units; lower is better "
+        "for all but averages.",
         f"Holm's correction is over the {families.max() if len(families) else 0} comparisons (pairs x ratios) of one "
-        "measure on one model. The items p-value holds for these calibration seeds only: exact sign test on the items "
-        "of all tasks (McNemar's for one seed), Wilcoxon's signed-rank test on windows.",
+        "measure on one model: where no criterion differs from another, 5 % of studies or fewer give a verdict on any of them "
+        "(simulated). The items p-value holds for these calibration seeds only, Student's t over items of the difference "
+        "that is printed, and gives no verdict.",
         "Detectable is the smallest true difference that this study would have found with 80 % chance (two-sided 5 %; after "
-        "the slash at Holm's strictest level), 2.80 bootstrap standard errors of the paired difference: smaller ones can "
-        "neither be seen nor excluded. With three seeds the true value is larger, because the spread between calibration "
-        "sets is itself estimated from three.",
+        "the slash at Holm's strictest level), with the same degrees of freedom: smaller ones can neither be seen nor excluded.",
     ]
+    if (long["verdict"] == ONE_SEED).any():
+        notes.append("One common calibration seed cannot tell a criterion from a lucky text: no p-value, no verdict.")
     if long.empty:
         notes.insert(0, "Fewer than two criteria were evaluated at the same ratio: nothing to compare.")
     display = _paired_display(long, len(results.model_names) > 1)
@@ -443,33 +446,23 @@ def with_detectable(table: Table, paired: Table) -> Table:
     return replace(table, notes=(*table.notes, note))
 
 
-def _difference(a: pd.DataFrame, b: pd.DataFrame, measure: str, n_resamples: int, seed: int) -> dict:
-    unknown = {name: np.nan for name in ("mean", "low", "high", "p", "p_items", "standard_error")} | {"n_seeds": 0, "n_items": 0}
+def _difference(a: pd.DataFrame, b: pd.DataFrame) -> dict:
+    unknown = {"n_seeds": 0, "n_items": 0}  # all else is NaN in the frame
     if a.empty or b.empty:
         return unknown | {"note": "not measured"}
     if not (np.isfinite(a["value"]).all() and np.isfinite(b["value"]).all()):
         return unknown | {"note": "not finite"}
     if not set(a["seed"]) & set(b["seed"]):
         return unknown | {"note": "no common seed"}
-    difference = intervals.paired_difference(a, b, seed, n_resamples)
-    per_item = intervals.item_differences(a, b)
-    test = intervals.sign_test if measure == "average" else intervals.wilcoxon
-    return {
-        "mean": difference.mean,
-        "low": difference.low,
-        "high": difference.high,
-        "p": difference.p,
-        "p_items": test(per_item),
-        "standard_error": difference.standard_error,
-        "n_seeds": difference.n_seeds,
-        "n_items": difference.n_items,
-        "note": difference.note,
-    }
+    difference = intervals.paired_difference(a, b)
+    return vars(difference) | {"standard_error": difference.errors.total, "seed_share": difference.errors.seed_share}
 
 
 def _verdict(row: dict) -> str:
     if pd.isna(row["low"]):
         return "no interval"
+    if pd.isna(row["p"]):
+        return ONE_SEED
     if not (row["low"] > 0 or row["high"] < 0):
         return "interval crosses zero"
     better = "b" if (row["mean"] > 0) == (row["measure"] in LOWER_IS_BETTER) else "a"
@@ -634,14 +627,16 @@ def _measure_name(column: str, measure: str) -> str:
 
 
 def carried_by_one_task(cells: pd.DataFrame, average: pd.DataFrame) -> list[str]:
-    """Return a sentence for each decided difference between averages of which a single task makes more than half.
+    """Return a sentence for each difference between averages that has a verdict and of which one task makes more than half.
 
     `cells` is the long frame of `criterion_table`, `average` that of `paired_table`, the rows of the average of tasks.
 
     One task in which all of a model's answers tip over together can carry an average of nine.
     """
     sentences, tasks = [], cells[cells["measure"] == "task"]
-    for row in average[(average["low"] > 0) | (average["high"] < 0)].to_dict("records"):
+    for row in average.to_dict("records"):
+        if not row["verdict"].endswith(" better"):
+            continue
         here = tasks[(tasks["model"] == row["model"]) & (tasks["ratio"] == row["ratio"])]
         scores = here.pivot(index="column", columns="criterion", values="mean")
         shares = (scores[row["a"]] - scores[row["b"]]) / len(scores)
