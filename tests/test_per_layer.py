@@ -151,6 +151,15 @@ def test_a_ragged_model_is_tuned_and_evaluated(recipe, ragged, tmp_path):
     assert measured[0].equals(measured[1])
 
 
+def test_an_architecture_of_one_s_own_must_be_padded(ragged, tmp_path):
+    model, tokenizer = ragged
+    model.__class__ = type("OwnForCausalLM", (type(model),), {})
+    with pytest.raises(UserError, match="OwnForCausalLM is no class of transformers") as caught:
+        export.save_checkpoint(model, tokenizer, tmp_path / "own")
+    assert "\n" not in str(caught.value) and not (tmp_path / "own").exists()
+    export.save_checkpoint(model, tokenizer, tmp_path / "padded", padded=True)
+
+
 @pytest.mark.parametrize(("padded", "expected"), [(False, "hfprune_nb.load"), (True, "plain, padded")])
 def test_tables_are_told_how_a_model_loads(padded, expected):
     assert export.loads_with([3, 3], padded) == "plain" and export.loads_with([3, 4], padded) == expected

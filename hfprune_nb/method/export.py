@@ -6,14 +6,16 @@ with the size and the speed of the padded model.
 """
 
 import contextlib
-from importlib import resources
+import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
+from hfprune_nb.errors import UserError
 from hfprune_nb.files import full_disk_in_one_sentence, read_json, write_json
-from hfprune_nb.models import gated_mlps
+from hfprune_nb.models import gated_mlps, modeling_per_layer
 from hfprune_nb.models.modeling_per_layer import PREFIX, set_widths
 
 PLAIN, PADDED, PER_LAYER = "plain", "plain, padded", "hfprune_nb.load"
@@ -39,27 +41,30 @@ def notes(facts: dict) -> list[str]:
 
 
 def save_checkpoint(model, tokenizer, folder: str | Path, padded: bool = False) -> None:
-    """Write model and tokenizer as a transformers checkpoint; raise UserError when the disk is full.
+    """Write model and tokenizer as a transformers checkpoint.
 
-    padded : where layers have different widths, write all of them as wide as the widest, the new neurons zero.
+    padded : where layers have different widths, write all of them as wide as the widest, the new neurons zero. Raises UserError
+    when the disk is full, and for different widths in an architecture that transformers itself does not have.
     """
-    folder = Path(folder)
+    folder, architecture = Path(folder), type(model).__name__.removeprefix(PREFIX)
     kind = loads_with([mlp.width for mlp in gated_mlps(model)], padded)
+    if kind == PER_LAYER and not hasattr(transformers, architecture):
+        raise UserError(
+            f"padded: {architecture} is no class of transformers, so its layers must be equally wide: set padded to true."
+        )
     with full_disk_in_one_sentence(folder), _padded(model) if kind == PADDED else contextlib.nullcontext({}) as changed:
         model.save_pretrained(folder, **changed)
         tokenizer.save_pretrained(folder)
-        _describe(folder / "config.json", type(model).__name__.removeprefix(PREFIX), kind)
+        _describe(folder / "config.json", architecture, kind)
 
 
 def _describe(configuration: Path, architecture: str, kind: str) -> None:
     """Name the class that loads the checkpoint, and put the file that defines it beside the configuration."""
     content = read_json(configuration) | {"architectures": [architecture]}
     if kind == PER_LAYER:
-        module = "modeling_per_layer"
-        source = resources.files("hfprune_nb.models").joinpath(f"{module}.py").read_text(encoding="utf-8")
-        configuration.with_name(f"{module}.py").write_text(source, encoding="utf-8")
+        shutil.copy(modeling_per_layer.__file__, configuration.parent)
         content["architectures"] = [PREFIX + architecture]
-        content["auto_map"] = {"AutoModelForCausalLM": f"{module}.{PREFIX}{architecture}"}
+        content["auto_map"] = {"AutoModelForCausalLM": f"modeling_per_layer.{PREFIX}{architecture}"}
     write_json(configuration, content)
 
 
