@@ -150,3 +150,87 @@ def test_what_passes_for_a_gated_mlp_is_refused(change, words, tiny):
 def test_architectures_with_more_than_a_gated_mlp_are_refused(kind, changes, words):
     with pytest.raises(UserError, match=words):
         models.gated_mlps(random_model(kind, **changes))
+
+
+# Layers that read on from one text into the next
+
+
+def hybrid(kind, dtype="float32"):
+    """Linear attention in some layers, attention in the others."""
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    return random_model(kind, dtype, vocab_size=384, layer_types=["linear_attention", "full_attention"], **linear)
+
+
+HYBRIDS = ("olmo_hybrid", "qwen3_5_text")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_tells_packed_texts_apart(architecture, dtype, tiny):
+    assert models.reads_packed(tiny(architecture, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_linear_attention_reads_on_into_the_next_text(kind, dtype):
+    assert not models.reads_packed(hybrid(kind, dtype))
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_benchmark_requests_of_a_hybrid_model_are_read_apart(kind, caplog):
+    from hfprune_nb.measure.harness import SharedPrefixLM
+
+    model = hybrid(kind)
+    harness = SharedPrefixLM(model, models.tokenizer(models.TINY), batch_size=4)
+    assert "requests are read apart" in caplog.text
+    question, long = list(range(20, 60)), list(range(80, 100))
+    requests = [(None, question, [choice, 61]) for choice in (70, 71, 72)] + [(None, long, [5])]
+    answers = harness._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (_, context, continuation), (found, _) in zip(requests, answers, strict=True):
+        log_p = model(input_ids=torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+        expected = sum(float(log_p[len(context) - 1 + index, token]) for index, token in enumerate(continuation))
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_recovery_gives_every_example_of_a_hybrid_model_a_row_of_its_own(tmp_path):
+    from hfprune_nb.inputs.instructions import Record, pack
+    from hfprune_nb.method.recovery import recover
+    from hfprune_nb.method.recovery.loss import Objective
+    from hfprune_nb.method.recovery.recipes import Recipe
+
+    records = [Record("ab", "cd"), Record("the", "mode"), Record("x", "yes")]
+    recipe = Recipe("tiny", 0, 0, 0.0, 1e-3, 0.0, 1, 64, 2)
+    tokenizer = models.tokenizer(models.TINY)
+    model = hybrid("olmo_hybrid")
+    rows = pack(tokenizer, records, 64, alone=True)
+    assert len(rows) == 3 and len(pack(tokenizer, records, 64)) == 1
+    objective = Objective(model, models.head(model), None, 0.0, 1.0, 16)
+    apart = [objective.held_out_loss([row], 1) * sum(label >= 0 for label in row.labels) for row in rows]
+    together = objective.held_out_loss(rows, 3) * sum(label >= 0 for row in rows for label in row.labels)
+    assert together == pytest.approx(sum(apart), rel=1e-5), "padding changed a loss"
+    recovered = recover(model, tokenizer, records, records, recipe, max_steps=1, scratch=tmp_path, progress=False)
+    assert not recovered.facts["packed"] and recovered.facts["rows"] == 3
+
+
+# Layers whose keys and values serve others
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys_and_values_cannot_be_computed_again_alone(kind, dtype, token_windows):
+    changes = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, **PER_LAYER}
+    if kind == "gemma3n_text":
+        changes |= {"intermediate_size": [40] * 4, "activation_sparsity_pattern": [0.0] * 4}
+    models.check_recomputation(random_model(kind, dtype, num_kv_shared_layers=0, **changes))
+    shared = random_model(kind, dtype, num_kv_shared_layers=2, **changes)
+    with pytest.raises(UserError, match="later layers of .* read more of layer 1 than its output"):
+        models.check_recomputation(shared)
+    with pytest.raises(UserError, match="activation_checkpointing: later layers"):
+        scoring.score(shared, token_windows, ["entropy"], activation_checkpointing=True, progress=False)
+    scoring.score(shared, token_windows, ["entropy"], progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_that_stand_alone_may_be_computed_again(architecture, dtype, tiny):
+    models.check_recomputation(tiny(architecture, dtype=dtype))

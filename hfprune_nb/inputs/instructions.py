@@ -92,9 +92,10 @@ def records(
 
 
 def pack(
-    tokenizer, chosen: Iterable[Record], seq_len: int, bos: bool | str = tokenization.AUTO, context: int | None = None
-) -> list[Row]:
-    """Return `chosen` as packed rows of at most `seq_len` tokens, each example whole and in one row.
+    tokenizer, chosen: Iterable[Record], seq_len: int, bos: bool | str = tokenization.AUTO, context: int | None = None,
+    alone: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Return `chosen` as packed rows of at most `seq_len` tokens, each example whole and in one row, or in one of its own.
 
     Prompt and response are tokenised together, as they are read later, after what `tokenization.prefix` gives for `bos`; an EOS
     ends every response and is learned. Labels are the next token where that token belongs to a response. An example longer than
@@ -108,7 +109,7 @@ def pack(
     rows, room = [], []
     for input_ids, labels in _examples(tokenizer, chosen, min(seq_len, context or seq_len), tokenization.prefix(tokenizer, bos)):
         # `room` is kept ascending with the open rows beside it: the fullest row that still takes the example gets it.
-        place = bisect.bisect_left(room, len(input_ids), key=lambda entry: entry[0])
+        place = len(room) if alone else bisect.bisect_left(room, len(input_ids), key=lambda entry: entry[0])
         free, row = room.pop(place) if place < len(room) else (seq_len, Row())
         if not row.input_ids:
             rows.append(row)

@@ -1,6 +1,7 @@
 """lm-eval's Hugging Face model with one change: what requests have in common is computed once."""
 
 import copy
+import logging
 import math
 
 import torch
@@ -10,7 +11,9 @@ from tqdm import tqdm
 
 from hfprune_nb import processes
 from hfprune_nb.inputs import tokenization
-from hfprune_nb.models import Head, head
+from hfprune_nb.models import Head, agree, head
+
+logger = logging.getLogger(__name__)
 
 POSITIONS_AT_ONCE = 256
 # Requests that begin with this many equal tokens, or with half of theirs, belong together: mostly the choices of a question.
@@ -75,6 +78,9 @@ class SharedPrefixLM(HFLM):
         self._longest = min(max_length, self._window or max_length)
         if config._attn_implementation not in ("sdpa", "eager"):
             self._longest = 0  # other kernels do not take a mask of our own
+        elif not self._keeps_apart():
+            logger.warning("requests are read apart: layers of %s ignore what separates them in a row", type(model).__name__)
+            self._longest = 0
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_
@@ -92,6 +98,32 @@ class SharedPrefixLM(HFLM):
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
+
+    @torch.no_grad()
+    def _keeps_apart(self) -> bool:
+        """Whether sequences that share a row are read as they are apart, also after a beginning that was kept.
+
+        Linear attention, state spaces and convolutions go by the order of tokens and not by mask and positions.
+        """
+        decoder, shared = self.model.get_decoder(), list(range(6))
+        sequences = [[*shared, 6, 7, 8], [*shared, 9, 10], [11, 12]]
+
+        def read(sequence, **settings):
+            return decoder(input_ids=torch.tensor([sequence], device=self.device), **settings)
+
+        apart = [read(sequence, use_cache=False).last_hidden_state[0] for sequence in sequences]
+        kept = read(shared[:3], use_cache=True).past_key_values
+        for cached, cache, count in ((0, None, 3), (3, kept, 2)):
+            rows = [Row(), Row()]
+            paths = [rows[0].add(sequence[cached:]) for sequence in sequences[:count]]
+            rows[1].add(sequences[0][cached : cached + 2])
+            try:
+                hidden = self._hidden(rows, cached, cache)[0]
+            except Exception:  # such layers take no mask of this shape, each in its own way
+                return False
+            if not all(agree(hidden[path], states[cached:]) for path, states in zip(paths, apart, strict=False)):
+                return False
+        return True
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensors (one number each) of all processes, on the CPU."""

@@ -15,7 +15,7 @@ from hfprune_nb.models.loading import (
     resolve_dtype,
     tokenizer,
 )
-from hfprune_nb.models.probe import check_neurons
+from hfprune_nb.models.probe import agree, check_neurons, check_recomputation, reads_packed
 from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices, weights_digest
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "TINY",
     "GatedMLP",
     "Head",
+    "agree",
     "aliases",
     "check_context",
     "check_neurons",
+    "check_recomputation",
     "check_tokens",
     "configuration",
     "context_length",
@@ -39,6 +41,7 @@ __all__ = [
     "load",
     "matmul_precision",
     "notes",
+    "reads_packed",
     "resolve_device",
     "resolve_dtype",
     "tokenizer",

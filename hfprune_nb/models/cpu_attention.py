@@ -11,19 +11,23 @@ import torch
 from hfprune_nb.models.lm_head import matmul_precision
 
 _NAME = "hfprune_causal_blocks"
+_NOT_PLAIN = ("is_causal", "position_bias", "softcap")  # what a layer may ask of attention beside the causal mask
 _BLOCK = 64  # queries; the probabilities of a block stay in the cache
 
 
 class _CausalBlocks(torch.autograd.Function):
-    """softmax(scaling q k^T) v of query (batch, heads, seq, size) and key, value (batch, groups, seq, size), heads in groups."""
+    """softmax(scaling q k^T) v of query (batch, heads, seq, size), key and value (batch, groups, seq, size), heads in groups.
+
+    Values may have another size than queries and keys (multi-head latent attention).
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, scaling):
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
-        output, values = torch.empty_like(query), value.flatten(0, 1)
+        output, values = query.new_empty(*query.shape[:3], value.shape[3]), value.flatten(0, 1)
         for block, p in _probabilities(query, key, scaling):
-            output[:, :, block] = torch.bmm(p.to(value.dtype), values[:, : block.stop]).view(query[:, :, block].shape)
+            output[:, :, block] = torch.bmm(p.to(value.dtype), values[:, : block.stop]).view(output[:, :, block].shape)
         return output
 
     @staticmethod
@@ -66,7 +70,8 @@ def _probabilities(query, key, scaling):
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **other):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is not None or dropout or query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True):
+    plain = all(other.get(name) is None for name in _NOT_PLAIN) and not dropout and getattr(module, "is_causal", True)
+    if attention_mask is not None or query.shape[2] != key.shape[2] or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **other)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _CausalBlocks.apply(query, key, value, scaling).transpose(1, 2).contiguous(), None

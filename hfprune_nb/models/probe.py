@@ -10,6 +10,9 @@ from hfprune_nb.models.units import gated_mlp, gated_mlps
 
 _TOKENS = 8
 _TOLERANCE = 1e-5  # of the largest output, in float32; the dependence of a threshold on one neuron is ten times that
+# Of a final hidden state, whose text read apart and in company went through other sums; company that is read is ten times that.
+_ROUNDING = {torch.float16: 0.05, torch.bfloat16: 0.05}
+_ROUNDING_WIDE = 1e-3
 
 
 @torch.no_grad()
@@ -44,17 +47,74 @@ def check_neurons(model) -> None:
                 )
 
 
+@torch.no_grad()
+def reads_packed(model) -> bool:
+    """Return whether texts in one row, told apart by positions that start again, are read as if each stood alone.
+
+    Layers that ignore positions and masks (linear attention, state spaces, convolutions) read on from one text into the next.
+    """
+    decoder, device = model.get_decoder(), model.get_input_embeddings().weight.device
+    texts = [torch.arange(start, start + _TOKENS, device=device)[None] for start in (0, _TOKENS)]
+    positions = torch.arange(_TOKENS, device=device).repeat(2)[None]
+    packed = decoder(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).last_hidden_state
+    return agree(packed, torch.cat([decoder(input_ids=text, use_cache=False).last_hidden_state for text in texts], 1))
+
+
+def check_recomputation(model) -> None:
+    """Raise UserError where layers, each computed again from its own input, give other gradients than the whole model.
+
+    A layer whose keys and values serve later layers too (Gemma 3n and 4) has a gradient through these, which its own output does
+    not show.
+    """
+    layers, calls, outputs = model.get_decoder().layers, [], []
+
+    def note(_, args, kwargs):
+        # Weights are frozen: without this leaf no graph exists.
+        calls.append((args[0] if calls else args[0].detach().requires_grad_(), args[1:], kwargs))
+        return (calls[-1][0], *args[1:]), kwargs
+
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.callback(layers[-1].register_forward_hook(lambda _, args, output: outputs.append(output)).remove)
+        _read(model)
+    gradient = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0)).to(outputs[0])
+    whole = torch.autograd.grad(outputs[0], [states for states, _, _ in calls], gradient)
+    for index, (layer, (states, args, kwargs), expected) in reversed(list(enumerate(zip(layers, calls, whole, strict=True)))):
+        leaf = states.detach().requires_grad_()
+        with torch.enable_grad():
+            output = layer(leaf, *args, **kwargs)
+        gradient = torch.autograd.grad(output, leaf, gradient.to(output.device))[0]
+        if not agree(gradient, expected):
+            raise UserError(
+                f"activation_checkpointing: later layers of {type(model).__name__} read more of layer {index} than its output "
+                "(shared keys and values), so it cannot be computed again alone: switch it off and lower batch_size."
+            )
+
+
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether states, or gradients for them, (..., hidden) of the same tokens differ by no more than rounding does."""
+    tolerance = _ROUNDING.get(expected.dtype, _ROUNDING_WIDE)
+    found, expected = found.double(), expected.double()
+    return bool(((found - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())
+
+
 def _calls(model, modules) -> list[list]:
     """Return the arguments of every call of each module in one forward pass over a few tokens."""
-    calls, rows = [[] for _ in modules], model.get_input_embeddings().weight
+    calls = [[] for _ in modules]
     with contextlib.ExitStack() as stack:
         for module, seen in zip(modules, calls, strict=True):
             hook = module.register_forward_pre_hook(
                 lambda _, args, kwargs, seen=seen: seen.append((args, kwargs)), with_kwargs=True
             )
             stack.callback(hook.remove)
-        model.get_decoder()(input_ids=torch.arange(_TOKENS, device=rows.device)[None] % len(rows), use_cache=False)
+        _read(model)
     return calls
+
+
+def _read(model) -> None:
+    rows = model.get_input_embeddings().weight
+    model.get_decoder()(input_ids=torch.arange(_TOKENS, device=rows.device)[None] % len(rows), use_cache=False)
 
 
 def _make(mlp) -> str:

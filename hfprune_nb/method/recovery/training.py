@@ -12,6 +12,7 @@ torch's own format, which are local, transient and read with `weights_only`. Res
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -28,8 +29,10 @@ from hfprune_nb.files import claim, load_tensors, save_tensors
 from hfprune_nb.inputs import instructions, tokenization
 from hfprune_nb.method.recovery.loss import Objective
 from hfprune_nb.method.recovery.recipes import Recipe
-from hfprune_nb.models import check_tokens, context_length, count_parameters, head, weights_digest
+from hfprune_nb.models import check_tokens, context_length, count_parameters, head, reads_packed, weights_digest
 from hfprune_nb.progress import bar
+
+logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 100  # optimizer steps that a kill can lose at most
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -95,13 +98,17 @@ def recover(
     scratch : folder for the trainer's checkpoints. What is there is resumed, to the same weights as without an interruption; that
         of another training is refused.
 
+    Examples share rows where `models.reads_packed` says so, otherwise each has one of its own, and a step holds fewer of them.
     Full tuning keeps float32 weights, computes under autocast in the model's dtype, and gives the weights back in that dtype.
     Raises UserError for settings that do not fit each other, and when the loss stops being a number.
     """
     _check(chosen, model, teacher, distillation, micro_batch, max_steps, measurements)
     dtype, started, size = model.dtype, time.perf_counter(), count_parameters(model)
     context = context_length(model.config)
-    rows, held_out_rows = (instructions.pack(tokenizer, side, chosen.seq_len, bos, context) for side in (train, held_out))
+    alone = not (reads_packed(model) and (teacher is None or reads_packed(teacher)))
+    if alone:
+        logger.warning("every example has a row of its own: %s would read on from one into the next", type(model).__name__)
+    rows, held_out_rows = (instructions.pack(tokenizer, side, chosen.seq_len, bos, context, alone) for side in (train, held_out))
     check_tokens(model.config, np.array([max(row.input_ids) for row in rows + held_out_rows]))
     total_steps = max_steps or math.ceil(math.ceil(len(rows) / chosen.rows_per_step) * chosen.epochs)
     settings = dataclasses.asdict(chosen) | {"steps": total_steps, "micro_batch": micro_batch, "distillation": distillation}
@@ -160,6 +167,7 @@ def recover(
         "bos": bool(tokenization.prefix(tokenizer, bos)),
         "steps": total_steps,
         "rows": len(rows),
+        "packed": not alone,
         "tokens": tokens,
         "share_of_response_tokens": instructions.count_tokens(rows)[1] / instructions.count_tokens(rows)[0],
         "trained_parameters": sum(tensor.numel() for tensor in weights.values()),

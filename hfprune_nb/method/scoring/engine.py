@@ -28,7 +28,7 @@ from hfprune_nb.method.scoring import accumulator
 from hfprune_nb.method.scoring.backward import Contributions
 from hfprune_nb.method.scoring.scores import Scores
 from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
-from hfprune_nb.models import check_context, check_neurons, check_tokens, gated_mlps, head
+from hfprune_nb.models import check_context, check_neurons, check_recomputation, check_tokens, gated_mlps, head
 from hfprune_nb.models.cpu_attention import fast_on_cpu
 from hfprune_nb.progress import bar
 
@@ -98,6 +98,8 @@ def score(
     from_logits = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "logits"}
     if from_logits and (np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2):
         raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
+    if from_logits and activation_checkpointing:
+        check_recomputation(model)
     if from_logits:
         check_context(model.config, windows.shape[1])
         check_tokens(model.config, windows)
