@@ -260,3 +260,10 @@ def test_a_model_loaded_with_another_attention_keeps_it(tiny, token_windows, mon
     monkeypatch.setattr(cpu_attention._CausalBlocks, "apply", spied(cpu_attention._CausalBlocks.apply, calls))
     scoring.score(model, token_windows, ["entropy"], progress=False)
     assert not calls and model.config._attn_implementation == "eager"
+
+
+def test_windows_that_the_model_cannot_read_are_refused(tiny):
+    with pytest.raises(UserError, match="seq_len=65 is longer than the model's context of 64 tokens: lower seq_len"):
+        scoring.score(tiny(), np.ones((1, 65), dtype=int), ["entropy"], progress=False)
+    with pytest.raises(UserError, match="its tokenizer gives token id 61 and its embedding has 61 rows"):
+        scoring.score(tiny(), np.full((1, 8), 61), ["entropy"], progress=False)
