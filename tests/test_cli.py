@@ -192,6 +192,20 @@ def test_results_folder_can_be_chosen(project, tmp_path, capsys, monkeypatch):
     assert not kept.exists()
 
 
+def test_what_notebooks_made_without_a_study_can_be_cleaned(project, capsys):
+    kept = project / "results" / "local" / "scoring" / "0123456789abcdef"
+    kept.mkdir(parents=True)
+    assert main(["study", "clean", "local", "--yes"]) == 0 and not kept.exists()
+    assert main(["study", "clean", "locale", "--yes"]) == 2 and "no study file 'locale'" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error(project):
+    command = f'{sys.executable} -c \'from hfprune_nb.cli.main import main; main(["study", "graph", "toy"])\' | head -c 1'
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    answer = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert answer.stdout == "{" and answer.stderr == ""
+
+
 def test_clean_shows_first_and_asks(project, capsys, monkeypatch):
     folder = project / "results" / "toy"
     artifact, exported = folder / "scoring" / "0123456789abcdef", folder / "tables" / "table.csv"

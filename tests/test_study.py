@@ -436,11 +436,11 @@ def test_front_door_notebook_runs_a_study_and_shows_it_and_two_runs_give_identic
 
 def test_clean_keeps_what_was_published(project):
     loaded = study.load("toy")
-    doomed = scheduler.removable(loaded)
-    assert len(doomed) == 12 and scheduler.clean(loaded) == doomed
+    doomed = scheduler.removable(loaded.folder)
+    assert len(doomed) == 12 and scheduler.clean(loaded.folder) == doomed
     assert (loaded.folder / "figures" / "figure.png").is_file() and not (loaded.folder / "scoring").exists()
     assert {outcome.state for outcome in status.status(loaded)} == {"waiting"}
-    scheduler.clean(loaded, everything=True)
+    scheduler.clean(loaded.folder, everything=True)
     assert not loaded.folder.exists()
 
 

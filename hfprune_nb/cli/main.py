@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import signal
 import sys
 
@@ -27,7 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     # A cluster ends jobs with SIGTERM: treat it as Ctrl-C, so that no kernel stays behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Who reads has seen enough, as `head` does; nothing must be written to it at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

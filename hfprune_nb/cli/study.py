@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
+from hfprune_nb import paths
 from hfprune_nb.cli.parsing import command, positive, say
 from hfprune_nb.errors import UserError
 
@@ -40,6 +42,7 @@ _RATES_EXAMPLES = """examples:
 _CLEAN_EXAMPLES = """examples:
   hfprune study clean offline            shows what would go and asks
   hfprune study clean offline --yes      artifacts go, exported tables and figures stay
+  hfprune study clean local              what notebooks made one by one
 """
 
 
@@ -117,8 +120,6 @@ def _plan_row(name: str, row) -> str:
 
 
 def _rates(options) -> int:
-    from pathlib import Path
-
     from hfprune_nb.runs import forecast
 
     fitted = forecast.refit([Path(name) for name in options.cards])
@@ -206,10 +207,16 @@ def _graph(options) -> int:
 def _clean(options) -> int:
     from hfprune_nb.runs import scheduler
 
-    loaded = _load(options)
-    doomed = scheduler.removable(loaded, options.exported)
+    try:
+        folder = _load(options).folder
+    except UserError:
+        # What notebooks made one by one lies in the results without a study file.
+        folder = paths.results() / Path(options.study).name
+        if options.study.startswith(".") or "/" in options.study or not folder.is_dir():
+            raise
+    doomed = scheduler.removable(folder, options.exported)
     if not doomed:
-        say(f"study {loaded.name}: nothing to delete")
+        say(f"study {folder.name}: nothing to delete")
         return 0
     for path in doomed:
         say(str(path))
@@ -219,7 +226,7 @@ def _clean(options) -> int:
         if input(f"Delete these {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
             say("nothing was deleted")
             return 0
-    say(f"deleted {len(scheduler.clean(loaded, options.exported))}")
+    say(f"deleted {len(scheduler.clean(folder, options.exported))}")
     return 0
 
 

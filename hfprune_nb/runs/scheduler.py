@@ -116,23 +116,23 @@ def _corruption(artifact: Artifact) -> str:
     return ""
 
 
-def removable(study: Study, everything: bool = False) -> list[Path]:
-    """Return what `clean` would delete: the artifacts and notebooks of all stages, or the whole results folder."""
+def removable(folder: Path, everything: bool = False) -> list[Path]:
+    """Return what `clean` would delete of a study's results: artifacts and notebooks of all stages, or the whole folder."""
     if everything:
-        return [study.folder] if study.folder.is_dir() else []
+        return [folder] if folder.is_dir() else []
     # Exported pictures share a folder with the artifacts of the figures stage, so that folder itself stays.
-    entries = [path for name in STAGES for path in sorted((study.folder / name).glob("*"))]
+    entries = [path for name in STAGES for path in sorted((folder / name).glob("*"))]
     return [path for path in entries if path.is_dir() or path.suffix == ".ipynb" or path.name.startswith(".")]
 
 
-def clean(study: Study, everything: bool = False) -> list[Path]:
-    """Delete the study's artifacts, and with `everything` its exported files too; return what was deleted."""
-    removed = removable(study, everything)
+def clean(folder: Path, everything: bool = False) -> list[Path]:
+    """Delete a study's artifacts, and with `everything` its exported files too; return what was deleted."""
+    removed = removable(folder, everything)
     for path in removed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in STAGES:
         with contextlib.suppress(OSError):
-            (study.folder / name).rmdir()
+            (folder / name).rmdir()
     return removed
 
 

@@ -303,7 +303,10 @@ def _make_input(given: Input, study: str, values: dict, own_inputs: dict) -> str
         handed[given.within[1]] = [values[given.within[0]]]
     upstream = _resolve(given.stage, study, complete(given.stage, handed, exploring=True))
     artifact = Artifact(study_folder(study) / given.stage / address(given.stage, upstream))
-    return artifact.reference if artifact.current else execute(given.stage, study, upstream).reference
+    if not artifact.current:
+        sys.stdout.write(f"{artifact.reference} is missing: {STAGES[given.stage].notebook} makes it first\n")
+        execute(given.stage, study, upstream)
+    return artifact.reference
 
 
 def _with_more(given: Input, study: str, values: dict, handed: dict) -> str | None:
