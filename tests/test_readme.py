@@ -53,6 +53,15 @@ def test_the_forecast_of_the_papers_studies_is_what_the_plan_says():
     assert together == forecast_row("all six", loaded)
 
 
+def test_the_example_of_a_study_loads(tmp_path):
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "mine.yaml").write_text(example)
+    loaded = study.load(tmp_path / "mine.yaml")
+    assert loaded.models == [str(tmp_path / "my-model")] and len(loaded.variants) == 2
+    assert sum(job.stage == "pruning" for job in loaded.jobs) == 3 * 2 * 3 * 2 * 2
+
+
 def test_no_stage_of_a_study_is_longer_than_it_may_be():
     for file in (PROJECT / "notebooks" / "studies").glob("*.yaml"):
         assert not forecast.overdue(study.load(file)), file.stem
