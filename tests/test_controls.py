@@ -1,13 +1,14 @@
 """The table of controls: four states of every model, paired gains, and what is left of a gain beyond the dense model's."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic
 
-from hfprune_nb.report import controls, measurements
+from hfprune_nb.report import controls, intervals, measurements
 
 SPENT = {
     "recipe": {"name": "hfprune-lora", "rank": 32, "learning_rate": 4e-4, "rows_per_step": 4, "seq_len": 256},
@@ -99,6 +100,23 @@ def test_sentences_follow_the_numbers(tmp_path):
     (first,), (second,) = controls.sentences(same), controls.sentences(better)
     assert "not told apart" in first and "+0.0 [" in first
     assert "gained more" in second and f"{cell(better, controls.GAIN)['mean']:+.1f}" in second
+
+
+def test_verdicts_follow_the_corrected_p_values(table):
+    long = table.long[table.long["state"].isin([controls.GAIN, controls.BEYOND])]
+    for _, family in long.groupby(["model", "column"]):
+        assert family["p_holm"].to_numpy() == pytest.approx(intervals.holm(family["p"]), nan_ok=True)
+    at = (table.long["column"] == "average") & (table.long["state"] == controls.BEYOND)
+    for p_holm, verdict in ((0.2, "not told apart"), (0.01, "gained more")):
+        changed = table.long.assign(mean=4.0, low=1.0, high=7.0, p=0.01, p_holm=table.long["p_holm"].where(~at, p_holm))
+        assert all(verdict in sentence for sentence in controls.sentences(replace(table, long=changed)))
+
+
+def test_one_seed_gives_no_verdict(tmp_path):
+    table = controls.controls_table(controls.Recovered(study(tmp_path, 0.0, 0.6, seeds=(0,))))
+    (sentence,) = controls.sentences(table)
+    assert sentence.endswith("one seed: no verdict.") and cell(table, controls.BEYOND)["low"] > 0
+    assert "], one seed" in table.markdown() and table.long["p_holm"].isna().all()
 
 
 def test_published_values_stand_beside_and_the_price_is_told(table):

@@ -291,6 +291,27 @@ def test_one_criterion_one_seed_and_no_dense_model(tmp_path):
     assert tables.findings(criterion, paired)
 
 
+def test_one_seed_has_differences_but_no_verdict(tmp_path):
+    results = measurements.collect(synthetic.study(tmp_path, ("entropy", "random"), (0.3,), seeds=(0,)))
+    criterion, paired = tables.criterion_table(results), tables.paired_table(results, ("entropy", "random"))
+    assert set(paired.long["verdict"]) == {"one seed: no verdict"} and paired.long[["p", "p_holm", "detectable"]].isna().all(
+        axis=None
+    )
+    clear = paired.long.set_index("column").loc["perplexity:c4"]
+    assert clear["low"] > 0 and clear["p_items"] < 0.001, "worse on these windows, for this seed"
+    assert "no p-value, no verdict" in paired.markdown()
+    assert not any(" better" in sentence for sentence in tables.findings(criterion, paired))
+    assert set(tables.overview_table(criterion, paired).long["against_entropy"]) == {""}
+
+
+def test_no_interval_leaves_what_the_measure_can_be(tmp_path):
+    folder = synthetic.evaluation(tmp_path / "dense", n_items=6)
+    items = pd.read_parquet(folder / "items.parquet")
+    items.assign(value=(items["doc_id"] > 0).astype(float)).to_parquet(folder / "items.parquet")
+    found = cell(tables.criterion_table(measurements.collect([folder])), "boolq", "dense", 0)
+    assert found["low"] < found["mean"] == pytest.approx(100 * 5 / 6) and found["high"] == 100
+
+
 def test_only_the_dense_model(tmp_path):
     results = measurements.collect(synthetic.study(tmp_path, ()))
     criterion = tables.criterion_table(results)
