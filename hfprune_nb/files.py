@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,12 +25,35 @@ def load_tensors(file: Path) -> dict:
     """Read a safetensors file as torch tensors by name; raise UserError that names it when it is missing or truncated."""
     from safetensors.torch import load_file
 
+    return _load(load_file, file)
+
+
+def _load(load_file, file):
     try:
         return load_file(file)
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist: run the stage that writes it first.") from error
     except SafetensorError as error:
         raise UserError(f"{file} is truncated or corrupt: delete its folder and run the stage again ({error}).") from error
+
+
+def by_layer(tensors: dict) -> dict[str, list]:
+    """Return name -> what each layer has, first to last, of tensors called `NAME/LAYER` (or `NAME.LAYER`)."""
+    found: dict[str, dict] = {}
+    for key, tensor in tensors.items():
+        name, layer = re.fullmatch(r"(.*)[/.](\d+)", key).groups()
+        found.setdefault(name, {})[int(layer)] = tensor
+    return {name: [rows[layer] for layer in sorted(rows)] for name, rows in found.items()}
+
+
+def load_layers(file: Path) -> dict[str, list]:
+    """Read a safetensors file of tensors called `NAME/LAYER` as numpy arrays, without torch; errors as `load_tensors`.
+
+    Importance is called `VARIANT/LAYER`, a snapshot of it `VARIANT/WINDOWS/LAYER`, kept neurons `layers.LAYER`.
+    """
+    from safetensors.numpy import load_file
+
+    return by_layer(_load(load_file, file))
 
 
 @contextlib.contextmanager

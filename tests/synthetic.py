@@ -102,18 +102,23 @@ def importance(seed, layers=12, width=96):
     return scores | {"magnitude": 1 + 0.1 * shared.random(base.shape), "random": own.random(base.shape)}
 
 
+def by_key(layers):
+    """Return the rows of each importance under the keys NAME/LAYER."""
+    return {f"{name}/{layer}": row for name, rows in layers.items() for layer, row in enumerate(rows)}
+
+
 def scoring(folder: Path, seed=0, model="smollm2-135m", criteria=None):
     """Write one scoring artifact and return its folder."""
     folder.mkdir(parents=True)
     scores = {name: values for name, values in importance(seed).items() if criteria is None or name in criteria}
-    save_file(scores, folder / "scores.safetensors")
+    save_file(by_key(scores), folder / "scores.safetensors")
     facts = {"model": model, "criteria": list(scores), "seed": seed, "layers": 12, "intermediate_size": 96}
     (folder / "scores.json").write_text(json.dumps(facts))
     noise = np.random.default_rng([seed, 1]).normal(size=(12, 96))
     snapshots = {
         f"{name}/{n}": scores[name] * np.exp(noise * (n < 8) / n) for name in scores if name in THREE for n in (1, 2, 4, 8)
     }
-    save_file(snapshots, folder / "snapshots.safetensors")
+    save_file(by_key(snapshots), folder / "snapshots.safetensors")
     return folder
 
 
@@ -141,7 +146,7 @@ def experiments(folder: Path, model="smollm2-135m", true_criterion="entropy", no
         for corpus, spread in zip(corpora, (0, 0.3, 2.0 if text_changes else 0.0), strict=True)
         for name, values in scores.items()
     }
-    save_file(texts, folder / "corpora.safetensors")
+    save_file(by_key(texts), folder / "corpora.safetensors")
     sizes = {"one_hot_ce": 0.8, "entropy": 0.6}
     gradients = [
         {"student_ratio": ratio, "criterion": name, "gradient": size, "value": 1.0}

@@ -39,7 +39,7 @@ def scores(dense, text):
 
 def importance(model, text, **settings):
     found = scoring.score(model, text, CRITERIA, progress=False, **settings).importance
-    return {name: values.numpy() for name, values in found.items()}
+    return {name: np.array([row.numpy() for row in rows]) for name, rows in found.items()}
 
 
 def layer_correlations(one, other):

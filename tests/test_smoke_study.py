@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 import hfprune_nb
 from hfprune_nb import models
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import load_layers
 from hfprune_nb.runs import stage
 from hfprune_nb.runs.artifacts import finished, open_artifact
 from hfprune_nb.runs.parameters import notebook_parameters, notebook_path
@@ -196,10 +197,10 @@ def test_a_stage_runs_alone_through_papermill(smoke, tmp_path):
     assert answer.returncode == 0, answer.stderr
     (made,) = finished(alone, "scoring")
     assert made.parameters["criteria"] == ["entropy"] and made.inputs == {given.reference: given.digest}
-    found = load_file(made.path("scores.safetensors"))
+    found = load_layers(made.path("scores.safetensors"))
     in_study = next(artifact for artifact in smoke.artifacts("scoring") if artifact.parameters["seed"] == 0)
-    assert found.keys() == {"entropy"} and found["entropy"].shape == (3, 64)
-    np.testing.assert_allclose(found["entropy"], load_file(in_study.path("scores.safetensors"))["entropy"], rtol=1e-6)
+    assert found.keys() == {"entropy"} and [len(row) for row in found["entropy"]] == [64] * 3
+    np.testing.assert_allclose(found["entropy"], load_layers(in_study.path("scores.safetensors"))["entropy"], rtol=1e-6)
     assert json.loads((tmp_path / "out.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]["exception"] is None
 
 

@@ -6,10 +6,31 @@ Sign convention: a higher importance means that removing the neuron does more da
 from collections.abc import Iterable
 
 from hfprune_nb import families
-from hfprune_nb.criteria.base import Criterion, LogitCriterion, Passes, WeightCriterion
+from hfprune_nb.criteria.base import (
+    ActivationCriterion,
+    Criterion,
+    LogitCriterion,
+    MeasuredCriterion,
+    Passes,
+    WeightCriterion,
+    WeightGradientCriterion,
+)
 from hfprune_nb.families import Setting
 
-__all__ = ["Criterion", "LogitCriterion", "Passes", "Setting", "Variant", "WeightCriterion", "create", "names", "variants"]
+__all__ = [
+    "ActivationCriterion",
+    "Criterion",
+    "LogitCriterion",
+    "MeasuredCriterion",
+    "Passes",
+    "Setting",
+    "Variant",
+    "WeightCriterion",
+    "WeightGradientCriterion",
+    "create",
+    "names",
+    "variants",
+]
 
 
 class Variant(families.Variant):
@@ -17,7 +38,7 @@ class Variant(families.Variant):
 
     @property
     def criterion(self) -> type[Criterion]:
-        """The criterion's class, with its facts."""
+        """The class, for its facts."""
         return self.member
 
     @property

@@ -1,7 +1,8 @@
 """What a criterion is: its facts, its settings, and what each kind offers to the scoring engine; it knows no model and no file.
 
 Nothing here or in a criterion's file imports torch: the methods of tensors do the arithmetic, so that a plan or a report can
-ask for facts without loading it.
+ask for facts without loading it. Throughout, `inputs` are the weights of gate and up, one (neurons, hidden) matrix each, and
+`down` those of down_proj, (hidden, neurons).
 """
 
 from __future__ import annotations
@@ -9,28 +10,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
+from hfprune_nb.errors import UserError
 from hfprune_nb.families import Member, Setting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Generator, Tensor
 
 
 class Passes(NamedTuple):
-    """How often the calibration text goes through the model forward, and how often backward."""
+    """How often the calibration text goes through the model: forward, backward, and forward for each neuron of the model."""
 
     forward: float = 0
     backward: float = 0
+    per_neuron: float = 0
 
 
 class Criterion(Member, ABC):
     """A rule that gives each neuron an importance (higher = keep), with its facts and, as an instance, its settings.
 
-    name, label, source : what a study, a reader and a reference list call it. kind : what it gives the engine.
-    unit : of the importance; between_layers : whether scores of different layers may be compared, which only those in units of
-    the model's output may. reads_text : whether it needs calibration text; seeded : whether another calibration seed, or another
-    random seed, gives other scores; baseline : whether any criterion should beat it. rank : its place in tables: the paper's
-    three are 0 to 2, others 10, baselines 20. passes : how often the text is read. settings : its settings by name; a class adds
-    its own to those of its parents, and an instance has each one's value as an attribute.
+    kind : what it gives the engine. unit : of the importance; between_layers : whether scores of different layers may be
+    compared, which only those in units of the model's output may. reads_text : whether it needs calibration text; seeded :
+    whether another calibration seed, or another random seed, gives other scores; baseline : whether any criterion should beat
+    it. rank : the paper's three are 0 to 2, others 10, baselines 20. passes : how often the text is read.
     """
 
     noun = "criterion"
@@ -47,20 +50,28 @@ class LogitCriterion(Criterion):
     """A scalar C of the logits at each position, with its closed-form gradient.
 
     Importance is `S[l, i] = sum over calibration tokens of |h * dC/dh|` with C averaged over a window's positions
-    (HFPrune Eq. 4), or what another `reduction` makes of the products. Logits are float32 or wider; nothing here needs an
+    (HFPrune Eq. 4), or what another reduction or aggregation makes of it. Logits are float32 or wider; nothing here needs an
     autograd graph.
 
     needs : the further arguments of `value_and_gradient`, which the engine hands over by name, each (positions, ...):
     `teacher_logits` of the dense model, for a criterion that scores a student; `next_tokens`, int64, which the last position of
     a window lacks: C is averaged over the others, or over all where it also asks for `label_weight`, 0 at the last position and
-    at the others what makes a sum over all positions, divided by their number, the mean over the others.
+    at the others what makes a sum over all positions, divided by their number, the mean over the others; `keys`, int64, for
+    `noise`: another one for each seed, draw, window and position. draws : backward passes, whose importance is averaged.
     """
 
     kind = "logits"
     between_layers = True
     passes = Passes(forward=1, backward=1)
     needs: tuple[str, ...] = ()
+    draws = 1
     settings = {
+        "reduction": Setting(
+            "absolute",
+            "how the products h dC/dh of a window become a score: absolute and square act at each token and are then summed, "
+            "window squares the signed sum; squares are halved, as in a second-order term",
+            choices={"absolute": "absolute per token", "square": "squared per token", "window": "squared per window"},
+        ),
         "aggregation": Setting(
             "activation",
             "what the gradient is multiplied with: neurons' activations (HFPrune) or their weights (SDMPrune)",
@@ -68,10 +79,23 @@ class LogitCriterion(Criterion):
         ),
     }
 
+    @classmethod
+    def complete(cls, settings: dict) -> dict:
+        """Return all settings as `Member.complete`; raise UserError also for a reduction that weights have no use for."""
+        complete = super().complete(settings)
+        if complete["aggregation"] == "weight" and complete["reduction"] != cls.settings["reduction"].default:
+            raise UserError(f"criterion '{cls.name}': reduction is of activations: leave it out with aggregation 'weight'.")
+        return complete
+
     @property
     def only_labelled(self) -> bool:
         """Whether C is defined and averaged only where the text goes on."""
         return "next_tokens" in self.needs and "label_weight" not in self.needs
+
+    @property
+    def formula(self) -> tuple:
+        """What two criteria share whose gradients are the same, whatever they make of them."""
+        return type(self), *(getattr(self, name) for name in self.settings if name not in LogitCriterion.settings)
 
     def needed(self, available: dict) -> dict:
         """Return those of the `available` arguments that `value_and_gradient` takes."""
@@ -82,6 +106,61 @@ class LogitCriterion(Criterion):
         """Return C in nats, shape (positions,), and dC/dz, shape (positions, vocabulary).
 
         logits : (positions, vocabulary), left unchanged, as all arguments are.
+        """
+
+
+class ActivationCriterion(Criterion):
+    """An importance from running sums over the neurons' activations h, which a forward pass collects."""
+
+    kind = "activations"
+    unit = "layer output"
+    passes = Passes(forward=1)
+
+    @abstractmethod
+    def statistics(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Return what is to be summed over windows: (windows, ...) by name, of hidden (windows, positions, neurons)."""
+
+    @abstractmethod
+    def importance(self, sums: dict[str, Tensor], inputs: list[Tensor], down: Tensor, tokens: int) -> Tensor:
+        """Return the importance (neurons,) of one layer in float64, from its `statistics` summed over `tokens` tokens."""
+
+
+class WeightGradientCriterion(Criterion):
+    """An importance from running sums over windows of the gradients that a logit criterion gives the MLP's weights.
+
+    gradient_of : that criterion, C being averaged over a window's positions.
+    """
+
+    kind = "weight_gradients"
+    unit = "weight gradient"
+    passes = Passes(forward=1, backward=1)
+    gradient_of: LogitCriterion
+
+    @abstractmethod
+    def statistics(self, weights: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+        """Return what is to be summed over windows: (neurons, ...) by name, of one window.
+
+        weights, gradients : of gate, up and the transposed down, (neurons, hidden) each, in float32 or wider.
+        """
+
+    @abstractmethod
+    def importance(self, sums: dict[str, Tensor], inputs: list[Tensor], down: Tensor, windows: int) -> Tensor:
+        """Return the importance (neurons,) of one layer in float64, from its `statistics` summed over `windows` windows."""
+
+
+class MeasuredCriterion(Criterion):
+    """An importance measured by silencing neurons: many forward passes, for small models."""
+
+    kind = "measured"
+    between_layers = True
+
+    @abstractmethod
+    def statistics(self, divergence: Callable[[list[dict]], Tensor], widths: list[int]) -> list[Tensor]:
+        """Return, for each layer, what a batch of windows adds to the importance, (windows, neurons) in float64.
+
+        divergence : of a list of ablations, each a mapping from layers to the neurons that it silences there, returns the
+        KL(dense || ablated) of each ablation and window, (ablations, windows), mean over positions in nats. widths : neurons of
+        each layer.
         """
 
 
@@ -96,8 +175,4 @@ class WeightCriterion(Criterion):
 
     @abstractmethod
     def importance(self, inputs: list[Tensor], down: Tensor, generator: Generator) -> Tensor:
-        """Return the importance (neurons,) in float64.
-
-        inputs : one (neurons, hidden) matrix per input projection (gate, up); down : (hidden, neurons); generator : seeded
-        source of random numbers, on the CPU.
-        """
+        """Return the importance (neurons,) of one layer in float64; generator : seeded source of random numbers, on the CPU."""

@@ -1,6 +1,7 @@
 """Hooks in every gated MLP: where neurons are watched, and where they are silenced without being removed."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -36,6 +37,25 @@ def factored(model, replace):
                 hook = mlp.up.register_forward_hook(lambda _, inputs, output, layer=mlp.layer: replace(layer, output))
             stack.callback(hook.remove)
         yield
+
+
+@contextlib.contextmanager
+def linear_outputs(model, replace):
+    """Within the context, every output y of an MLP's linear modules becomes `replace(l, name, y, x)`, x being its input.
+
+    name : `gate` and `up`, or `fused`, then `down`.
+    """
+    with contextlib.ExitStack() as stack:
+        for mlp in gated_mlps(model):
+            for name in ("gate", "up", "fused", "down"):
+                if (module := getattr(mlp, name)) is not None:
+                    note = functools.partial(_replace_output, replace, mlp.layer, name)
+                    stack.callback(module.register_forward_hook(note).remove)
+        yield
+
+
+def _replace_output(replace, layer, name, _module, inputs, output):
+    return replace(layer, name, output, inputs[0])
 
 
 def silenced(model, kept):

@@ -50,6 +50,11 @@ class GatedMLP:
         return [self.fused] if self.fused is not None else [self.gate, self.up]
 
     @property
+    def input_weights(self) -> list[torch.Tensor]:
+        """The weights of gate and up, (neurons, hidden) each."""
+        return list(self.fused.weight.chunk(2)) if self.fused is not None else [self.gate.weight, self.up.weight]
+
+    @property
     def parameters_per_neuron(self) -> int:
         """Parameters that go when one neuron is removed: its rows, their biases, and its column of `down`."""
         rows = sum(module.in_features + (module.bias is not None) for module in self.inputs)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import by_layer
 from hfprune_nb.report.measurements import in_order, label, rank
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
@@ -47,7 +48,8 @@ def kept(pruning_folder: Path) -> tuple[dict, list[np.ndarray]]:
 def _read(folder: Path, facts_name: str, tensors_name: str | None = None) -> tuple[dict, dict[str, np.ndarray]]:
     try:
         facts = json.loads((folder / f"{facts_name}.json").read_text(encoding="utf-8"))
-        return facts, load_file(folder / f"{tensors_name or facts_name}.safetensors")
+        tensors = load_file(folder / f"{tensors_name or facts_name}.safetensors")
+        return facts, {name: np.array(rows) for name, rows in by_layer(tensors).items()} if tensors_name is None else tensors
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or folder} is missing: name finished artifacts of the study") from None
     except (SafetensorError, json.JSONDecodeError):

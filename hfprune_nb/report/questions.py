@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from scipy import stats
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import by_layer
 from hfprune_nb.report import intervals, neurons
 from hfprune_nb.report.measurements import CRITERIA, Column, Results, in_order, label, made_with, percent, protocol_note, sample
 from hfprune_nb.report.tables import ABSENT, Table, format_p
@@ -383,9 +384,9 @@ def _snapshots(folder: Path) -> dict[str, dict[int, np.ndarray]]:
     except SafetensorError:
         raise UserError(f"{path} is damaged: delete the folder and rerun") from None
     found: dict[str, dict[int, np.ndarray]] = {}
-    for name, values in tensors.items():
+    for name, rows in by_layer(tensors).items():
         criterion, _, n = name.rpartition("/")
-        found.setdefault(criterion, {})[int(n)] = values
+        found.setdefault(criterion, {})[int(n)] = np.array(rows)
     return {criterion: found[criterion] for criterion in in_order(found)}
 
 
@@ -396,10 +397,10 @@ def corpora(experiment_folders: Iterable[Path], ratios: dict[str, float]) -> pd.
     """
     rows = []
     for folder in experiment_folders:
-        facts, tensors = experiment(folder), load_file(Path(folder) / "corpora.safetensors")
+        facts, tensors = experiment(folder), by_layer(load_file(Path(folder) / "corpora.safetensors"))
         first, *others = facts["corpora"]
         for criterion, corpus in itertools.product(in_order(facts["criteria"]), others):
-            pair = tensors[f"{first}/{criterion}"], tensors[f"{corpus}/{criterion}"]
+            pair = np.array(tensors[f"{first}/{criterion}"]), np.array(tensors[f"{corpus}/{criterion}"])
             row = {"model": facts["model"], "criterion": criterion, "first": first, "corpus": corpus}
             compared = {"jaccard": overlap(*pair, ratios[facts["model"]]), "spearman": rank_correlation(*pair)}
             rows.append(row | compared | {"seeds": corpus.endswith(NEXT_SEED), "n_windows": facts["calibration"]["n_windows"]})

@@ -7,7 +7,8 @@ they are summed.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,22 +34,22 @@ class Ablation:
 
 
 def sample(
-    importance: dict[str, np.ndarray], n_layers: int, n_single: int, group_sizes: list[int], n_groups: int, seed: int
+    importance: dict[str, list[np.ndarray]], n_layers: int, n_single: int, group_sizes: list[int], n_groups: int, seed: int
 ) -> list[Ablation]:
     """Draw the ablations of an experiment from `n_layers` layers, evenly spaced from first to last.
 
-    importance : criterion -> (layers, neurons); its mean rank within a layer stratifies the sample.
+    importance : criterion -> (neurons,) of each layer; its mean rank within a layer stratifies the sample.
     In each layer: one neuron from each of `n_single - 1` strata of equal size, and the most important one (kind
     `single`); for every size `n_groups` random groups, and by each criterion the group of its least important neurons
     (kind `lowest by CRITERION`). Raises UserError when a layer has fewer neurons than a group.
     """
-    ranks = np.mean([stats.rankdata(values, axis=1) for values in importance.values()], axis=0)
-    depth, width = ranks.shape
-    if max([n_single, *group_sizes]) > width:
-        raise UserError(f"group_sizes: a layer has {width} neurons, fewer than the {max([n_single, *group_sizes])} asked for")
+    ranks = [np.mean([stats.rankdata(row) for row in rows], axis=0) for rows in zip(*importance.values(), strict=True)]
     random = np.random.default_rng(seed)
     chosen = []
-    for layer in np.unique(np.linspace(0, depth - 1, n_layers).round().astype(int)):
+    for layer in np.unique(np.linspace(0, len(ranks) - 1, n_layers).round().astype(int)):
+        width, most = len(ranks[layer]), max([n_single, *group_sizes])
+        if most > width:
+            raise UserError(f"group_sizes: layer {layer} has {width} neurons, fewer than the {most} asked for")
         ascending = np.argsort(ranks[layer], kind="stable")
         strata = np.array_split(ascending[:-1], n_single - 1) if n_single > 1 else []
         singles = [random.choice(stratum) for stratum in strata] + [ascending[-1]] * (n_single > 0)
@@ -80,7 +81,7 @@ def measure(model, windows: np.ndarray, ablations: list[Ablation], together: int
     by_layer = sorted(range(len(ablations)), key=lambda index: -ablations[index].layer)
     with bar(len(ablations), "ablation", "ablations", enabled=progress) as progress_bar:
         for part in _batches(by_layer, ablations, together):
-            hidden = _ablated_hidden(model, dense, [ablations[index] for index in part])
+            hidden = _ablated_hidden(model, dense, [{ablations[index].layer: ablations[index].neurons} for index in part])
             for index, states in zip(part, hidden.split(len(ids)), strict=True):
                 rows[index] = _changes(dense, states, ids)
             progress_bar.update(len(part))
@@ -88,14 +89,41 @@ def measure(model, windows: np.ndarray, ablations: list[Ablation], together: int
     return pd.DataFrame([fact | rows[index] for index, fact in enumerate(facts)])
 
 
-def first_order(model, windows: np.ndarray, progress: bool = True) -> dict[str, np.ndarray]:
-    """Return what one gradient predicts for silencing each neuron, arrays (layers, neurons) in nats.
+class Ablator:
+    """Measures ablations on one batch of windows (batch, seq), whose dense forward pass is run once and kept.
+
+    together : ablations that share a forward pass; changes memory and speed only.
+    """
+
+    def __init__(self, model, ids: torch.Tensor, together: int = 16):
+        self.model, self.ids, self.together = model, ids, together
+        with torch.no_grad():
+            self.dense = _dense_run(model, ids)
+
+    @torch.no_grad()
+    def __call__(self, ablations: list[dict[int, Sequence[int]]]) -> torch.Tensor:
+        """Return KL(dense || ablated) of each ablation, a mapping from layers to neurons, and window: (ablations, windows).
+
+        The mean over positions, in nats and float64.
+        """
+        rows = []
+        for start in range(0, len(ablations), self.together):
+            part = ablations[start : start + self.together]
+            hidden = _ablated_hidden(self.model, self.dense, part)
+            for states in hidden.split(len(self.ids)):
+                kl = torch.cat([kl for kl, _, _ in _position_changes(self.dense, states, self.ids)])
+                rows.append(kl.view(self.ids.shape).mean(1))
+        return torch.stack(rows)
+
+
+def first_order(model, windows: np.ndarray, progress: bool = True) -> dict[str, list[np.ndarray]]:
+    """Return what one gradient predicts for silencing each neuron, an array (neurons,) for each layer, in nats.
 
     `ce` and `entropy` : the signed change, minus the sum over positions of `h dC/dh` with C averaged over a window's
     positions, mean over windows. `abs_ce` and `abs_entropy` : the same sum of absolute values, which is HFPrune's Eq. 4.
     """
     mlps, model_head = gated_mlps(model), head(model)
-    totals = {name: np.zeros((len(mlps), mlps[0].width)) for name in ("ce", "entropy", "abs_ce", "abs_entropy")}
+    totals = {name: [np.zeros(mlp.width) for mlp in mlps] for name in ("ce", "entropy", "abs_ce", "abs_entropy")}
     with bar(len(windows), "window", "first order", enabled=progress) as progress_bar:
         for window in windows:
             for name, gradients in _gradients(model, mlps, model_head, window):
@@ -103,7 +131,7 @@ def first_order(model, windows: np.ndarray, progress: bool = True) -> dict[str, 
                     totals[name][layer] -= product.sum(dim=(0, 1)).cpu().numpy()
                     totals[f"abs_{name}"][layer] += product.abs().sum(dim=(0, 1)).cpu().numpy()
             progress_bar.update(1)
-    return {name: total / len(windows) for name, total in totals.items()}
+    return {name: [row / len(windows) for row in rows] for name, rows in totals.items()}
 
 
 def _gradients(model, mlps, model_head: Head, window: np.ndarray) -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -172,35 +200,44 @@ def _batches(order: list[int], ablations: list[Ablation], together: int) -> Iter
         yield from (members[start : start + together] for start in range(0, len(members), together))
 
 
-def _ablated_hidden(model, dense: _Dense, ablations: list[Ablation]) -> torch.Tensor:
-    """Return the final hidden states (ablations * windows, seq, hidden), ablation by ablation."""
-    layer = ablations[0].layer
-    down = gated_mlps(model)[layer].down
-    n_windows = len(dense.inputs[layer])
-    mask = torch.ones(len(ablations), 1, down.in_features, dtype=down.weight.dtype, device=down.weight.device)
+def _ablated_hidden(model, dense: _Dense, ablations: list[dict[int, Sequence[int]]]) -> torch.Tensor:
+    """Return the final hidden states (ablations * windows, seq, hidden), ablation by ablation, from the first layer concerned."""
+    mlps, masks = gated_mlps(model), {}
+    n_windows = len(dense.inputs[0])
     for row, ablation in enumerate(ablations):
-        mask[row, :, list(ablation.neurons)] = 0
-    mask = mask.repeat_interleave(n_windows, dim=0)
-    handle = down.register_forward_pre_hook(lambda _, positional: (positional[0] * mask,))
-    try:
-        repeated = dense.inputs[layer].repeat(len(ablations), 1, 1)
-        return _from_layer(model, layer, repeated, dense.settings, len(ablations), n_windows)
-    finally:
-        handle.remove()
+        for layer, neurons in ablation.items():
+            weight = mlps[layer].down.weight
+            mask = masks.setdefault(layer, weight.new_ones(len(ablations), 1, weight.shape[1]))
+            mask[row, :, list(neurons)] = 0
+    first = min(masks)
+    with contextlib.ExitStack() as stack:
+        for layer, mask in masks.items():
+            hook = functools.partial(_masked, mask.repeat_interleave(n_windows, dim=0))
+            stack.callback(mlps[layer].down.register_forward_pre_hook(hook).remove)
+        repeated = dense.inputs[first].repeat(len(ablations), 1, 1)
+        return _from_layer(model, first, repeated, dense.settings, len(ablations), n_windows)
+
+
+def _masked(mask, _, positional):
+    return (positional[0] * mask,)
 
 
 def _changes(dense: _Dense, hidden: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
     """Return the mean changes of one ablation, from final hidden states (windows, seq, hidden)."""
     sums = torch.zeros(3, dtype=torch.float64)
-    next_tokens, model_positions = torch.roll(ids, -1, dims=1).flatten(), dense.logits.split(CHUNK)
     ends = torch.arange(1, ids.numel() + 1, device=ids.device) % ids.shape[1] == 0
-    states = hidden.flatten(0, 1).split(CHUNK)
-    parts = zip(states, model_positions, dense.log_p.split(CHUNK), next_tokens.split(CHUNK), ends.split(CHUNK), strict=True)
-    for state, logits, log_p, next_token, end in parts:
-        kl, ce, entropy = changes(dense.head.logits(state), logits, log_p, next_token)
+    for (kl, ce, entropy), end in zip(_position_changes(dense, hidden, ids), ends.split(CHUNK), strict=True):
         sums += torch.stack([kl.sum(), ce[~end].sum(), entropy.sum()]).cpu()
     counts = (ids.numel(), ids.numel() - len(ids), ids.numel())
     return {name: float(total) / count for name, total, count in zip(("kl", "ce", "entropy"), sums, counts, strict=True)}
+
+
+def _position_changes(dense: _Dense, hidden: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield `changes` of chunks of positions, from final hidden states (windows, seq, hidden)."""
+    next_tokens, states = torch.roll(ids, -1, dims=1).flatten(), hidden.flatten(0, 1).split(CHUNK)
+    parts = zip(states, dense.logits.split(CHUNK), dense.log_p.split(CHUNK), next_tokens.split(CHUNK), strict=True)
+    for state, logits, log_p, next_token in parts:
+        yield changes(dense.head.logits(state), logits, log_p, next_token)
 
 
 def changes(logits: torch.Tensor, dense_logits: torch.Tensor, dense_log_p: torch.Tensor, next_tokens: torch.Tensor):

@@ -1,4 +1,4 @@
-"""Importance summed over windows in float64: kept apart between powers of two, merged over processes, saved and resumed."""
+"""Sums over windows in float64: kept apart between snapshots, merged over processes, saved and resumed."""
 
 import contextlib
 import hashlib
@@ -11,74 +11,81 @@ import torch.distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hfprune_nb.files import full_disk_in_one_sentence
+from hfprune_nb.files import by_layer, full_disk_in_one_sentence
 from hfprune_nb.processes import place
 
 
-def borders(count: int) -> list[int]:
-    """Return the numbers of windows after which importance is reported: the powers of two below `count`, and `count`."""
-    return [1 << power for power in range(max(count - 1, 0).bit_length())] + [count]
+def snapshot_counts(windows: int) -> list[int]:
+    """Return the numbers of windows after which importance is reported: the powers of two below `windows`, and `windows`."""
+    return [1 << power for power in range(max(windows - 1, 0).bit_length())] + [windows]
 
 
-class Totals:
-    """Running sums of one pass over the windows: each layer's (criteria, segments, neurons) on that layer's device.
+class Accumulator:
+    """Running sums of one pass over the windows: by name, for each layer (segments, ...) on that layer's device.
 
-    A segment is what lies between two `borders`: the windows of one process can then be added to those of another, and the
-    importance after the first n windows is still known.
+    A segment is what lies between two snapshots: the windows of one process can then be added to those of another, and the sums
+    over the first n windows are still known. Names and shapes are those of the first batch.
 
     done : windows of this process already added; batch_size : windows in a forward pass; seconds : time that they took.
     """
 
-    def __init__(self, mlps, criteria: int, windows: int, batch_size: int):
-        self.borders = borders(windows)
-        self.sums = [
-            torch.zeros(criteria, len(self.borders), mlp.width, dtype=torch.float64, device=mlp.down.weight.device)
-            for mlp in mlps
-        ]
-        self.values = torch.zeros(criteria, dtype=torch.float64)
+    def __init__(self, windows: int, batch_size: int):
+        self.counts = snapshot_counts(windows)
+        self.sums: dict[str, list[torch.Tensor]] = {}
+        self.values: dict[str, float] = {}
         self.done, self.batch_size, self.seconds = 0, batch_size, 0.0
 
-    def add(self, windows: np.ndarray, changes: list[torch.Tensor], values: list[float]) -> None:
-        """Add what a batch changed: windows (batch,) are their places among all windows, the rest as `Contributions` gives it."""
-        segments = np.searchsorted(self.borders, windows, side="right")
-        for segment in np.unique(segments):
-            members = np.flatnonzero(segments == segment)
-            rows = slice(members[0], members[-1] + 1)
-            for total, change in zip(self.sums, changes, strict=True):
-                total[:, segment] += change[:, rows].sum(dim=1, dtype=torch.float64)
-        self.values += torch.tensor(values, dtype=torch.float64)
+    def add(self, windows: np.ndarray, gradients: dict[str, list[torch.Tensor]], values: dict[str, float]) -> None:
+        """Add what a batch gives: windows (batch,) are their numbers among all windows, the rest is what `Reader` returns."""
+        segments = np.searchsorted(self.counts, windows, side="right")
+        for name, rows in gradients.items():
+            if name not in self.sums:
+                self.sums[name] = [row.new_zeros(len(self.counts), *row.shape[1:], dtype=torch.float64) for row in rows]
+            for segment in np.unique(segments):
+                members = np.flatnonzero(segments == segment)
+                for total, row in zip(self.sums[name], rows, strict=True):
+                    total[segment] += row[members[0] : members[-1] + 1].sum(dim=0, dtype=torch.float64)
+        for name, value in values.items():
+            self.values[name] = self.values.get(name, 0.0) + value
         self.done += len(windows)
 
-    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return importance after each border, (criteria, borders, layers, neurons), and values (criteria,), of all processes.
+    def merged(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, float]]:
+        """Return by name the sums at each snapshot, (snapshots, ...) for each layer, and the values, of all processes.
 
         In a process group this is the one all-reduce of the pass, on the CPU and in float64.
         """
-        importance = torch.stack([total.cpu() for total in self.sums], dim=2)
-        flat = torch.cat([importance.flatten(), self.values])
+        sums = {name: [total.cpu() for total in self.sums[name]] for name in sorted(self.sums)}
+        values = torch.tensor([self.values[name] for name in sorted(self.values)], dtype=torch.float64)
         if place()[1] > 1:
+            parts = [*(total for rows in sums.values() for total in rows), values]
+            flat = torch.cat([part.flatten() for part in parts])
             torch.distributed.all_reduce(flat)
-        importance, values = flat[: -len(self.values)].view_as(importance), flat[-len(self.values) :]
-        return importance.cumsum(dim=1), values
+            for part, found in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(found.view_as(part))
+        return (
+            {name: [total.cumsum(dim=0) for total in rows] for name, rows in sums.items()},
+            dict(zip(sorted(self.values), values.tolist(), strict=True)),
+        )
 
     def save(self, file: Path, fingerprint: str) -> None:
         """Write everything to `file` as safetensors with JSON metadata, whole or not at all; raise UserError for a full disk."""
-        tensors = {f"layers.{layer}": total.cpu() for layer, total in enumerate(self.sums)} | {"values": self.values}
-        state = {"fingerprint": fingerprint, "done": self.done, "batch_size": self.batch_size, "seconds": self.seconds}
+        tensors = {f"{name}/{layer}": total.cpu() for name, rows in self.sums.items() for layer, total in enumerate(rows)}
+        state = {name: value for name, value in vars(self).items() if name not in ("sums", "counts")}
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
         with full_disk_in_one_sentence(file):
-            save_file(tensors, partial, metadata={"state": json.dumps(state)})
+            save_file(tensors, partial, metadata={"state": json.dumps(state | {"fingerprint": fingerprint})})
         os.replace(partial, file)
 
-    def resume(self, file: Path, fingerprint: str) -> bool:
-        """Take over what `save` wrote with this fingerprint; return False, unchanged, if there is no such file."""
+    def resume(self, file: Path, fingerprint: str, devices: list[torch.device]) -> bool:
+        """Take over what `save` wrote with this fingerprint, each layer to its device; return False if there is no such file."""
         with contextlib.suppress(FileNotFoundError, SafetensorError, OSError), safe_open(file, "pt") as saved:
             state = json.loads(saved.metadata()["state"])
             if state.pop("fingerprint") == fingerprint:
-                for layer, total in enumerate(self.sums):
-                    total.copy_(saved.get_tensor(f"layers.{layer}"))
-                self.values = saved.get_tensor("values")
+                layers = by_layer({name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118
+                self.sums = {
+                    name: [row.to(device) for row, device in zip(rows, devices, strict=True)] for name, rows in layers.items()
+                }
                 vars(self).update(state)
                 return True
         return False

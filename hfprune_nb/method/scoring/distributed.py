@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from hfprune_nb import models
 from hfprune_nb import processes as group
+from hfprune_nb.criteria import variants
+from hfprune_nb.files import by_layer, load_tensors
 from hfprune_nb.method.scoring import engine, scores
 
 
 def score(
     model: str,
     windows: np.ndarray,
-    criteria: list[str],
+    criteria: list[str | dict],
     *,
     folder: Path,
     processes: int = 1,
@@ -49,12 +51,12 @@ def score(
         leftover.unlink()
     save_file({"windows": torch.as_tensor(np.array(windows), dtype=torch.int64)}, folder / "windows.safetensors")
     loading = {"name": model, "dtype": dtype, "device": device, "attention": attention}
-    request = {"model": loading, "criteria": list(criteria), "settings": settings}
+    request = {"model": loading, "criteria": [variant.spec for variant in variants(criteria)], "settings": settings}
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     group.launch(__name__, folder, processes)
     told = json.loads((folder / "merged.json").read_text(encoding="utf-8"))
     snapshots = scores.load_snapshots(folder / "merged.snapshots.safetensors")
-    return scores.Scores(load_file(folder / "merged.scores.safetensors"), snapshots=snapshots, **told)
+    return scores.Scores(by_layer(load_tensors(folder / "merged.scores.safetensors")), snapshots=snapshots, **told)
 
 
 def main(arguments: list[str] | None = None) -> None:

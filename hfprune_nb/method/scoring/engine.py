@@ -1,15 +1,16 @@
-"""The scoring engine: one forward pass, one backward pass per criterion, importance of every MLP neuron.
+"""The scoring engine: one forward pass for everything that reads the dense model, one backward pass per gradient.
 
 Only activations get gradients: weights are frozen and the graph starts at the first layer's neurons. The vocabulary side has no
 graph at all: each criterion's closed-form gradient is taken in chunks of positions, so that no (positions, vocabulary) float32
-tensor larger than a chunk ever exists. Importance is summed in float64.
+tensor larger than a chunk ever exists. Sums over windows are float64. What a criterion needs follows from its kind: one that
+reads activations alone gets no backward pass and no logits, one that reads weights alone no text.
 
 Self-distillation reads the text twice: first the dense model, for the one-hot cross-entropy that chooses the student's neurons,
 then the student. What the dense model's first reading left in front of the head is kept, up to `TEACHER_BYTES`, and is the
 teacher of the second; only of the batches beyond is the teacher computed again.
 
-What a batch adds is computed apart (`contributions`) and then summed (`totals`): a batch that runs out of memory is tried again
-in halves, a stopped run goes on from its checkpoint, and the processes of a group share the windows (`shards`).
+What a batch gives is computed apart (`backward`) and then summed (`accumulator`): a batch that runs out of memory is tried again
+in halves, a stopped run goes on from its checkpoint, and the processes of a group share the windows (`distributed`).
 """
 
 import functools
@@ -25,7 +26,7 @@ from hfprune_nb import criteria as registry
 from hfprune_nb import processes
 from hfprune_nb.errors import UserError
 from hfprune_nb.method.scoring import accumulator
-from hfprune_nb.method.scoring.backward import Contributions
+from hfprune_nb.method.scoring.backward import Reader
 from hfprune_nb.method.scoring.scores import Scores
 from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
 from hfprune_nb.models import check_context, check_neurons, check_recomputation, check_tokens, gated_mlps, head
@@ -67,22 +68,19 @@ def score(
     Parameters
     ----------
     windows : (windows, seq) token ids; may be empty when no criterion reads text.
-    criteria : specs as `criteria.variants` reads them, each a name or a mapping with settings. Aggregation `weight` is SDMPrune's
-        `mean over the hidden dimension of the sum over windows of |g_down * w_down + g_up * w_up + g_gate * w_gate|`, g being the
-        gradient of C for a weight; it takes one window at a time and memory for the gradients of all MLP weights.
+    criteria : specs as `criteria.variants` reads them, each a name or a mapping with settings; the settings are explained there.
         `self_distillation` scores a student that has lost the `first_stage_ratio` of its neurons with the lowest one-hot
         cross-entropy importance of the same aggregation (SDMPrune's first stage; 3.9 instead of 4.0 times hidden size is 2.5 %).
         Neurons removed there rank last, in the order of the first stage.
     batch_size : windows in one forward pass; 0: on CUDA what the first window shows to fit in free memory, on the CPU as many as
         have 512 tokens, whatever the memory, so that the same windows give the same bytes. chunk_size : positions whose logits
         exist at once. Neither changes the scores beyond float error. When memory runs out, the batch is tried again in halves.
-    seed : of the `random` criterion.
+    seed : of the `random` criterion and of sampled labels, which depend on it and on the window's number and position alone.
     compile : use torch.compile for the criteria and for the sums over positions, whose many small steps a GPU would start one by
         one. On one CPU core it saved 5 % with SmolLM2-135M and 512-token windows. The decoder is never compiled: its layers took
         a minute to compile there and ran no faster.
     activation_checkpointing : keep each layer's input only, and compute each layer a second time, with its graph, when the
-        gradients of all criteria go back through it: one more forward, and the memory of one layer. For long windows; not with
-        aggregation `weight`.
+        gradients of all criteria go back through it: one more forward, and the memory of one layer. For long windows.
     checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every` windows
         and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
         files of any other run are ignored.
@@ -90,70 +88,56 @@ def score(
     Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
     memory, or scores that are NaN or all equal.
     """
-    chosen, windows = registry.variants(criteria), np.asarray(windows)
-    _check(chosen, activation_checkpointing, batch_size, chunk_size, checkpoint_every)
+    chosen, windows = {variant.name: variant.create() for variant in registry.variants(criteria)}, np.asarray(windows)
+    _check(chosen, batch_size, chunk_size, checkpoint_every)
     check_neurons(model)
     mlps = gated_mlps(model)
-    from_weights = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "weights"}
-    from_logits = {variant.name: variant.create() for variant in chosen if variant.criterion.kind == "logits"}
-    if from_logits and (np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2):
-        raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
-    if from_logits and activation_checkpointing:
-        check_recomputation(model)
-    if from_logits:
+    reading = {name: criterion for name, criterion in chosen.items() if criterion.reads_text}
+    if reading:
+        if np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2:
+            raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
+        if activation_checkpointing:
+            check_recomputation(model)
         check_context(model.config, windows.shape[1])
         check_tokens(model.config, windows)
-    passes, first_stage = {}, {}
-    for name, criterion in from_logits.items():
-        taught = "teacher_logits" in criterion.needs
-        stage = (criterion.aggregation, criterion.first_stage_ratio if taught else 0)
-        passes.setdefault(stage, {})[name] = criterion
-        if taught:
-            first_stage[criterion.aggregation] = registry.create("one_hot_ce", aggregation=criterion.aggregation)
-    for aggregation, criterion in first_stage.items():
-        dense = passes.setdefault((aggregation, 0), {})
-        alike = [name for name, other in dense.items() if type(other) is type(criterion)]
-        first_stage[aggregation] = alike[0] if alike else _FIRST_STAGE
-        dense.setdefault(first_stage[aggregation], criterion)
+    dense, students = _passes(reading)
     scoring_pass = _Pass(
         model,
         windows,
-        {"chunk_size": chunk_size, "checkpointing": activation_checkpointing, "compiled": compile},
+        {"chunk_size": chunk_size, "checkpointing": activation_checkpointing, "compiled": compile, "seed": seed},
         batch_size=batch_size,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
-        teacher_bytes=TEACHER_BYTES if any(ratio for _, ratio in passes) else 0,
+        teacher_bytes=TEACHER_BYTES if students else 0,
     )
     started = time.perf_counter()
     found, mean_value = {}, {}
-    tokens = np.size(windows) if from_logits else 0
-    shown = bar(tokens * len(passes) // processes.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
+    tokens = np.size(windows) if reading else 0
+    shown = bar(tokens * (1 + len(students)) // processes.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
     with shown as progress_bar, fast_on_cpu(model):
-        for (aggregation, ratio), group in sorted(passes.items(), key=lambda item: item[0]):
-            first = student = None
-            if ratio:
-                first = found[first_stage[aggregation]][-1]
-                student = kept_neurons(first, allocate(model, neuron_ratio=ratio).width_after)
-            rows, values = scoring_pass(aggregation, f"student-{ratio:g}" if ratio else "dense", group, student, progress_bar)
-            if ratio:
-                rows = {name: torch.stack([_rank_last(scores, student, first) for scores in each]) for name, each in rows.items()}
-            found |= rows
+        if dense:
+            found, mean_value = scoring_pass("dense", dense, None, progress_bar)
+        for index, ((aggregation, ratio), group) in enumerate(students.items(), start=1):
+            first = [rows[-1] for rows in found[f"{_FIRST_STAGE}, {aggregation}/importance"]]
+            student = kept_neurons(first, allocate(model, neuron_ratio=ratio).width_after)
+            is_last = index == len(students)
+            sums, values = scoring_pass(f"student.{aggregation}.{ratio:g}", group, student, progress_bar, is_last)
+            found |= {name: _rank_last(rows, student, first) for name, rows in sums.items()}
             mean_value |= values
-    importance = {name: rows[-1] for name, rows in found.items()}
-    importance |= {name: _weight_importance(mlps, criterion, seed) for name, criterion in from_weights.items()}
-    importance = {variant.name: importance[variant.name] for variant in chosen}
-    for name, scores in importance.items():
-        check_importance(scores, f"criterion '{name}'")
-    snapshots = {}
-    if from_logits:
-        for index, n in enumerate(accumulator.borders(len(windows))):
-            snapshots[n] = {name: found[name][index] for name in from_logits}
-    mean_value = {name: value for name, value in mean_value.items() if name in importance}
+    counts = accumulator.snapshot_counts(len(windows)) if reading else []
+    snapshots = {
+        n: {name: _closed(name, criterion, found, index, n, windows, mlps) for name, criterion in reading.items()}
+        for index, n in enumerate(counts)
+    }
+    importance = snapshots[counts[-1]].copy() if counts else {}
+    importance |= {name: _from_weights(mlps, chosen[name], seed) for name in chosen.keys() - reading.keys()}
+    importance = {name: check_importance(importance[name], f"criterion '{name}'") for name in chosen}
+    mean_value = {name: value for name, value in mean_value.items() if name in chosen}
     seconds = time.perf_counter() - started + scoring_pass.seconds_before
     return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots)
 
 
-def _check(chosen, activation_checkpointing, batch_size, chunk_size, checkpoint_every):
+def _check(chosen, batch_size, chunk_size, checkpoint_every):
     if not chosen:
         raise UserError(f"criteria is empty: name at least one of {', '.join(registry.names())}.")
     for name, value, least in (
@@ -163,8 +147,19 @@ def _check(chosen, activation_checkpointing, batch_size, chunk_size, checkpoint_
     ):
         if value < least:
             raise UserError(f"{name} {value} is too small: it must be at least {least}.")
-    if activation_checkpointing and any(variant.settings.get("aggregation") == "weight" for variant in chosen):
-        raise UserError("activation_checkpointing does not go with aggregation 'weight': switch it off.")
+
+
+def _passes(criteria):
+    """Return the criteria that read the dense model, and those that read a student by aggregation and first-stage ratio."""
+    dense, students = {}, {}
+    for name, criterion in criteria.items():
+        if "teacher_logits" in getattr(criterion, "needs", ()):
+            students.setdefault((criterion.aggregation, criterion.first_stage_ratio), {})[name] = criterion
+            first = registry.create("one_hot_ce", aggregation=criterion.aggregation)
+            dense[f"{_FIRST_STAGE}, {criterion.aggregation}"] = first
+        else:
+            dense[name] = criterion
+    return dense, students
 
 
 class _Pass:
@@ -175,8 +170,8 @@ class _Pass:
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.finds_batch = batch_size == 0
         self.teacher = _Teacher(teacher_bytes)
-        self.rank, self.processes = processes.place()
-        self.places = np.arange(self.rank, len(windows), self.processes)
+        self.rank, self.world_size = processes.place()
+        self.numbers = np.arange(self.rank, len(windows), self.world_size)
         self.gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self.seconds_before = 0.0
 
@@ -185,66 +180,66 @@ class _Pass:
         """The model's head, which is checked once for all passes."""
         return head(self.model)
 
-    def __call__(self, aggregation, name, group, student, progress_bar):
-        """Return {criterion: importance after each border (borders, layers, neurons)} and {criterion: mean of C}.
+    def __call__(self, name, group, student, progress_bar, is_last=False):
+        """Return {criterion/statistic: sums at each snapshot, (snapshots, ...) for each layer} and {criterion: mean of C}.
 
-        Of the dense model, or of the `student`, which keeps only those neurons and goes with the dense model as its teacher.
+        Of the dense model, or of the `student`, which keeps only those neurons and goes with the dense model as its teacher,
+        of which nothing more is kept after the pass that `is_last`.
         """
-        names, group = list(group), list(group.values())
-        # By weight, the absolute value is taken of each window's own gradient.
-        size = 1 if aggregation == "weight" else self.batch_size
-        sums = accumulator.Totals(gated_mlps(self.model), len(group), len(self.windows), size)
+        self.forgets_teacher = is_last
+        sums = accumulator.Accumulator(len(self.windows), self.batch_size)
         file = fingerprint = None
         if self.checkpoint is not None:
-            file = Path(self.checkpoint) / f"{aggregation}.{name}.{self.rank}of{self.processes}.safetensors"
+            file = Path(self.checkpoint) / f"{name}.{self.rank}of{self.world_size}.safetensors"
             fingerprint = self._fingerprint(group, student)
-            if sums.resume(file, fingerprint):
+            if sums.resume(file, fingerprint, [mlp.down.weight.device for mlp in gated_mlps(self.model)]):
                 logger.info("scoring goes on after %d windows of %s", sums.done, file)
                 self.seconds_before += sums.seconds
         progress_bar.update(sums.done * self.windows.shape[1])
-        contributions = Contributions(self.model, self.head, group, aggregation=aggregation, student=student, **self.settings)
+        has_logits = any(hasattr(criterion, "needs") or hasattr(criterion, "gradient_of") for criterion in group.values())
+        reader = Reader(self.model, self.head if has_logits else None, group, student=student, **self.settings)
         saved, started, before = sums.done, time.perf_counter(), sums.seconds
-        while sums.done < len(self.places):
-            added = self._add_batch(contributions, sums)
+        while sums.done < len(self.numbers):
+            added = self._add_batch(reader, sums)
             progress_bar.update(added * self.windows.shape[1])
             sums.seconds = before + time.perf_counter() - started
-            if file and (sums.done - saved >= self.checkpoint_every or sums.done == len(self.places)):
+            if file and (sums.done - saved >= self.checkpoint_every or sums.done == len(self.numbers)):
                 sums.save(file, fingerprint)
                 saved = sums.done
         self.batch_size = sums.batch_size
-        importance, values = sums.merged()
-        means = (values / len(self.windows)).tolist()
-        return dict(zip(names, importance, strict=True)), dict(zip(names, means, strict=True))
+        merged, values = sums.merged()
+        return merged, {name: value / len(self.windows) for name, value in values.items()}
 
-    def _add_batch(self, contributions, sums):
+    def _add_batch(self, reader, sums):
         """Add the next batch to `sums`, smaller if memory runs out, and return its number of windows."""
         found = None
         while found is None:
             size = self._next_size(sums)
-            places = self.places[sums.done : sums.done + size]
+            numbers = self.numbers[sums.done : sums.done + size]
             before = {gpu: torch.cuda.memory_allocated(gpu) for gpu in self.gpus}
             for gpu in self.gpus:
                 torch.cuda.reset_peak_memory_stats(gpu)
             # What a batch adds is added only when all of it is known: nothing is lost or counted twice.
-            found = _unless_out_of_memory(contributions, np.array(self.windows[places]), self.teacher.take(places))
+            taught = self.teacher.take(numbers, self.forgets_teacher) if reader.student is not None else None
+            found = _unless_out_of_memory(reader, np.array(self.windows[numbers]), numbers, taught)
             if found is None:
-                if len(places) == 1:
+                if len(numbers) == 1:
                     raise UserError(
                         "batch_size: a single window does not fit in memory: score shorter windows, set "
                         "activation_checkpointing, or use a larger device."
                     )
-                sums.batch_size = len(places) // 2
+                sums.batch_size = len(numbers) // 2
                 logger.info(
-                    "scoring ran out of memory with %d windows in a batch and goes on with %d", len(places), sums.batch_size
+                    "scoring ran out of memory with %d windows in a batch and goes on with %d", len(numbers), sums.batch_size
                 )
-        changes, values, hidden = found
-        if contributions.student is None:
-            self.teacher.keep(places, hidden)
-        sums.add(places, changes, values)
+        gradients, values, hidden = found
+        if reader.student is None:
+            self.teacher.keep(numbers, hidden)
+        sums.add(numbers, gradients, values)
         if not sums.batch_size:
             sums.batch_size = self._fitting_size(before) if before else size
             logger.info("scoring takes %d windows of %d tokens in a batch", sums.batch_size, self.windows.shape[1])
-        return len(places)
+        return len(numbers)
 
     def _next_size(self, sums):
         """Return the windows to try next: where the batch is found by its first window, that one is alone in every pass.
@@ -273,8 +268,8 @@ class _Pass:
             self.windows,
             **self.settings,
             batch_size=self.batch_size,
-            place=[self.rank, self.processes],
-            criteria=[[type(criterion).__name__, vars(criterion)] for criterion in group],
+            rank=[self.rank, self.world_size],
+            criteria={name: [criterion.name, vars(criterion)] for name, criterion in group.items()},
             student=None if student is None else hashlib.sha256(b"".join(row.numpy().tobytes() for row in student)).hexdigest(),
             attention=self.model.config._attn_implementation,
             device=str(self.model.get_input_embeddings().weight.device),
@@ -291,21 +286,21 @@ class _Teacher:
     def __init__(self, limit: int):
         self.free, self.states = limit, {}
 
-    def keep(self, places, hidden):
-        """Keep what the batch of the windows at `places` left, if it still fits."""
+    def keep(self, numbers, hidden):
+        """Keep what the batch of the windows with these `numbers` left, if it still fits."""
         if hidden.nbytes <= self.free:
-            self.states[tuple(places)] = hidden.cpu()
+            self.states[tuple(numbers)] = hidden.cpu()
             self.free -= hidden.nbytes
 
-    def take(self, places):
-        """Give back and forget the states of this very batch; None where there are none."""
-        return self.states.pop(tuple(places), None)
+    def take(self, numbers, forget):
+        """Give back the states of this very batch, and forget them if told so; None where there are none."""
+        return (self.states.pop if forget else self.states.get)(tuple(numbers), None)
 
 
-def _unless_out_of_memory(contributions, windows, teacher_hidden):
-    """Return what `windows` add, or None when memory ran out; by then everything that the attempt had allocated is free again."""
+def _unless_out_of_memory(reader, windows, numbers, teacher_hidden):
+    """Return what `windows` give, or None when memory ran out; by then all that the attempt had allocated is free again."""
     try:
-        return contributions(windows, teacher_hidden)
+        return reader(windows, numbers, teacher_hidden)
     except (torch.OutOfMemoryError, MemoryError):
         pass
     except RuntimeError as error:
@@ -315,19 +310,29 @@ def _unless_out_of_memory(contributions, windows, teacher_hidden):
     return None
 
 
-def _weight_importance(mlps, criterion, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
+def _closed(name, criterion, found, index, n, windows, mlps):
+    """Return one criterion's importance, (neurons,) of each layer, from the sums of the first `n` windows."""
+    prefix, rows = f"{name}/", []
+    sums = {key.removeprefix(prefix): layers for key, layers in found.items() if key.startswith(prefix)}
+    if set(sums) == {"importance"}:
+        return [layer[index] for layer in sums["importance"]]
+    count = n * windows.shape[1] if criterion.kind == "activations" else n
     for mlp in mlps:
-        inputs = list(mlp.fused.weight.chunk(2)) if mlp.fused is not None else [mlp.gate.weight, mlp.up.weight]
-        rows.append(criterion.importance(inputs, mlp.down.weight, generator).cpu())
-    return torch.stack(rows)
+        device = mlp.down.weight.device
+        own = {statistic: layers[mlp.layer][index].to(device) for statistic, layers in sums.items()}
+        rows.append(criterion.importance(own, mlp.input_weights, mlp.down.weight, count).cpu())
+    return rows
 
 
-def _rank_last(scores, kept, first_stage):
+def _from_weights(mlps, criterion, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [criterion.importance(mlp.input_weights, mlp.down.weight, generator).cpu() for mlp in mlps]
+
+
+def _rank_last(sums, kept, first_stage):
     """Give neurons outside `kept` negative scores in the order of `first_stage`, below every neuron that was kept."""
     lowest = max(row.max() for row in first_stage)
-    rows = [row - lowest - 1 for row in first_stage]
-    for row, own, indices in zip(rows, scores, kept, strict=True):
-        row[indices] = own[indices]
-    return torch.stack(rows)
+    rows = [(first - lowest - 1).repeat(len(own), 1) for first, own in zip(first_stage, sums, strict=True)]
+    for row, own, indices in zip(rows, sums, kept, strict=True):
+        row[:, indices] = own[:, indices]
+    return rows

@@ -4,66 +4,70 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.files import full_disk_in_one_sentence, load_tensors
+from hfprune_nb.files import by_layer, load_tensors, save_tensors
 from hfprune_nb.models import gated_mlps
 
 
 @dataclasses.dataclass
 class Scores:
-    """Importance of every neuron under each criterion.
+    """Importance of every neuron under each criterion, by the variant's name.
 
-    importance : criterion -> (layers, neurons) float64, higher = keep.
-    mean_value : criterion -> mean of C over all positions, in nats (only criteria that are a function of the logits).
+    importance : for each layer (neurons,) float64, higher = keep.
+    mean_value : mean of C over all positions, in nats (only criteria that are a function of the logits).
     tokens : calibration tokens that were scored, of all processes, each counted once however often a criterion has it read:
-        tokens / seconds compares criteria, engine and published loops as `measure.speed` does, and a teacher that was kept or
+        tokens / seconds compares criteria, engine and published loops as `cost.timing` does, and a teacher that was kept or
         computed again does not change it. seconds : wall time, that before a resumed checkpoint included; batch_size : windows
         in a forward pass, as given or found.
     snapshots : n -> criterion -> importance after the first n windows, for n = the powers of two and the total; only criteria
         that read text. Self-distillation's student is at every n the one of the full first stage.
     """
 
-    importance: dict[str, torch.Tensor]
+    importance: dict[str, list[torch.Tensor]]
     mean_value: dict[str, float]
     tokens: int
     seconds: float
     batch_size: int = 0
-    snapshots: dict[int, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    snapshots: dict[int, dict[str, list[torch.Tensor]]] = dataclasses.field(default_factory=dict)
 
     def save(self, file: Path) -> None:
-        """Write the importance tensors as safetensors; raise UserError when the disk is full."""
-        with full_disk_in_one_sentence(file):
-            save_file({name: tensor.contiguous() for name, tensor in self.importance.items()}, file)
+        """Write importance as safetensors with keys `criterion/layer`; raise UserError when the disk is full."""
+        save_tensors(_by_key(self.importance), file)
 
     def save_snapshots(self, file: Path) -> None:
-        """Write the snapshots as safetensors with keys `criterion/n`; raise UserError when the disk is full."""
-        tensors = {f"{name}/{n}": tensor.contiguous() for n, found in self.snapshots.items() for name, tensor in found.items()}
-        with full_disk_in_one_sentence(file):
-            save_file(tensors, file)
+        """Write the snapshots as safetensors with keys `criterion/n/layer`; raise UserError when the disk is full."""
+        flat = {f"{name}/{n}": rows for n, found in self.snapshots.items() for name, rows in found.items()}
+        save_tensors(_by_key(flat), file)
 
 
-def load_importance(file: Path, criterion: str, model=None) -> torch.Tensor:
-    """Read one criterion's importance (layers, neurons); raise UserError when criterion or model do not fit it."""
-    tensors = load_tensors(file)
-    if criterion not in tensors:
-        raise UserError(f"criterion '{criterion}' is not in {file}, which holds {', '.join(sorted(tensors))}: score it first.")
-    importance = tensors[criterion]
+def _by_key(layers: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{name}/{layer}": row for name, rows in layers.items() for layer, row in enumerate(rows)}
+
+
+def load_importance(file: Path, criterion: str, model=None) -> list[torch.Tensor]:
+    """Read one criterion's importance, (neurons,) of each layer; raise UserError when criterion or model do not fit it."""
+    found = by_layer(load_tensors(file))
+    if criterion not in found:
+        raise UserError(f"criterion '{criterion}' is not in {file}, which holds {', '.join(sorted(found))}: score it first.")
     if model is not None:
-        mlps = gated_mlps(model)
-        if importance.shape != (len(mlps), mlps[0].width):
+        held, expected = [len(row) for row in found[criterion]], [mlp.width for mlp in gated_mlps(model)]
+        if held != expected:
             raise UserError(
-                f"scores: {file} was made for another model: it holds {importance.shape[0]} layers of {importance.shape[1]} "
-                f"neurons, the model has {len(mlps)} of {mlps[0].width}."
+                f"scores: {file} was made for another model: it holds {_shape(held)}, the model has {_shape(expected)}."
             )
-    return importance
+    return found[criterion]
 
 
-def load_snapshots(file: Path) -> dict[int, dict[str, torch.Tensor]]:
+def load_snapshots(file: Path) -> dict[int, dict[str, list[torch.Tensor]]]:
     """Read what `Scores.save_snapshots` wrote; raise UserError for a missing or truncated file."""
     snapshots = {}
-    for key, tensor in load_tensors(file).items():
+    for key, rows in by_layer(load_tensors(file)).items():
         name, _, n = key.rpartition("/")
-        snapshots.setdefault(int(n), {})[name] = tensor
+        snapshots.setdefault(int(n), {})[name] = rows
     return dict(sorted(snapshots.items()))
+
+
+def _shape(widths):
+    low, high = min(widths), max(widths)
+    return f"{len(widths)} layers of {low if low == high else f'{low} to {high}'} neurons"

@@ -27,6 +27,7 @@ class Scoring(Stage):
         passes = [variant.passes for variant in criteria.variants(parameters["criteria"])]
         # One forward pass of the dense model serves all criteria.
         count = any(each.forward for each in passes) + sum(max(0, each.forward - 1) + each.backward for each in passes)
+        count += sum(each.per_neuron for each in passes) * known["neurons_per_parameter"] * size(parameters, known)
         return tokens * count * size(parameters, known), tokens * count
 
     def disk(self, parameters, size, known):
