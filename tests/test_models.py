@@ -242,3 +242,27 @@ def test_logits_of_the_head_are_float32_sums_of_exact_products(kind, tiny):
     out = torch.empty(7, 5000)
     assert models.head(model).logits(hidden, out=out).data_ptr() == out.data_ptr() and torch.equal(out, found)
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "a setting of the whole process was left behind"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("length", "rotary", "context"),
+    [
+        (64, None, 64),
+        (32, YARN, 128),
+        (128, YARN, 128),
+        (32, {"rope_type": "linear", "factor": 4.0}, 128),
+        (128, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 32}, 128),
+    ],
+)  # fmt: skip
+def test_a_context_may_be_stretched_by_its_rotary_positions(length, rotary, context):
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(max_position_embeddings=length, rope_scaling=rotary)
+    assert models.context_length(config) == context
+    models.check_context(config, context)
+    with pytest.raises(UserError, match=f"longer than the model's context of {context} tokens"):
+        models.check_context(config, context + 1)

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from hfprune_nb import models
 from hfprune_nb.errors import UserError
-from hfprune_nb.method import pruning, scoring
+from hfprune_nb.method import export, pruning, scoring, selection
+from hfprune_nb.models.hooks import silenced
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -234,3 +235,55 @@ def test_layers_that_share_keys_and_values_cannot_be_computed_again_alone(kind, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_layers_that_stand_alone_may_be_computed_again(architecture, dtype, tiny):
     models.check_recomputation(tiny(architecture, dtype=dtype))
+
+
+# Architectures beside those that every test goes through
+
+GEMMA_3 = {
+    "text_config": SIZES | {"vocab_size": 384, "layer_types": ["sliding_attention", "full_attention"]},
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 380,
+    "eoi_token_index": 381,
+    "image_token_index": 382,
+}
+OTHERS = {
+    "gemma2": {},
+    "gemma3_text": {},
+    "gemma3": GEMMA_3,
+    "olmo2": {},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
+    "glm4": {},
+    "cohere": {},
+    "stablelm": {},
+    "smollm3": {},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_are_scored_pruned_and_loaded_again(kind, tmp_path):
+    random_model(kind, **({"vocab_size": 384} | OTHERS[kind])).save_pretrained(tmp_path / "dense")
+    models.tokenizer(models.TINY).save_pretrained(tmp_path / "dense")
+    model, tokenizer = models.load(tmp_path / "dense", dtype="float32", device="cpu")
+    windows = np.random.default_rng(0).integers(0, 370, (2, 12))
+    importance = scoring.score(model, windows, ["entropy"], progress=False).importance["entropy"]
+    allocation = selection.allocate(model, neuron_ratio=0.25)
+    kept = selection.kept_neurons(importance, allocation.width_after)
+    ids, mlps = torch.as_tensor(windows), models.gated_mlps(model)
+    with silenced(model, kept):
+        expected = model(input_ids=ids).logits
+    before = models.count_parameters(model)
+    pruning.narrow(model, kept)
+    assert before - models.count_parameters(model) == sum(10 * mlp.parameters_per_neuron for mlp in mlps)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    export.save_checkpoint(model, tokenizer, tmp_path / "pruned")
+    again, _ = models.load(tmp_path / "pruned", dtype="float32", device="cpu")
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -6,8 +6,15 @@ from hfprune_nb.errors import UserError
 
 
 def context_length(config) -> int | None:
-    """Return how many tokens the model of `config` was made to read at once, None where its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Return how many tokens the model of `config` was made to read at once, None where its configuration does not say.
+
+    Where rotary positions are stretched (YaRN), `max_position_embeddings` may be the length before or after.
+    """
+    config = config.get_text_config()
+    context, rotary = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if context and rotary.get("rope_type") in ("yarn", "linear", "dynamic"):
+        context = max(context, int(rotary.get("factor", 1) * (rotary.get("original_max_position_embeddings") or context)))
+    return context
 
 
 def check_context(config, seq_len: int) -> None:
