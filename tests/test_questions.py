@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import matplotlib
 import nbformat
@@ -130,6 +131,15 @@ def test_differences_by_position_are_those_of_the_windows(results):
     assert (frame["p_holm"] >= frame["p"]).all()
     text = questions.entropy_table(frame, results).markdown()
     assert "low-entropy half" in text and "Protocol." in text
+
+
+def test_the_two_sides_of_a_difference_are_weighted_as_it_is(results):
+    fidelity = results.fidelity_positions
+    uneven = fidelity.assign(compared=fidelity["compared"].where(fidelity["window"] % 3 > 0, 20))
+    frame = questions.entropy_split(replace(results, fidelity_positions=uneven))
+    assert (frame["entropy"] - frame["value_other"]).to_numpy() == pytest.approx(frame["difference"].to_numpy())
+    broken = uneven.assign(kl=uneven["kl"].where(uneven["criterion"] != "one_hot_ce"))
+    assert set(questions.entropy_split(replace(results, fidelity_positions=broken))["other"]) == {"self_distillation"}
 
 
 def test_the_sentence_on_the_distribution_has_both_outcomes(results):

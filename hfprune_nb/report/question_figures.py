@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from hfprune_nb.report.figures import DASHES, MARKERS, OTHER_MARKER, STYLE, closed, colour, message
 from hfprune_nb.report.measurements import in_order, label, percent
-from hfprune_nb.report.questions import POSITIONS, SAME_TEXT
+from hfprune_nb.report.questions import POSITIONS, SAME_TEXT, bounded
 
 KINDS = {"one neuron": ("o", 18), "random group": ("s", 26), "lowest group": ("^", 26)}
 KIND_COLOURS = {"one neuron": "#0072B2", "random group": "#7F7F7F", "lowest group": "#D55E00"}
@@ -73,7 +73,7 @@ def _truth_title(correlations: pd.DataFrame, name: str) -> str:
     row = correlations[keys.isin([(name, target, "within")])]
     if row.empty:
         return title
-    return f"{title}\nwithin a layer: {row['spearman'].iloc[0]:.2f} [{row['low'].iloc[0]:.2f}, {row['high'].iloc[0]:.2f}]"
+    return f"{title}\nwithin a layer: {bounded(*row[['spearman', 'low', 'high']].iloc[0], '.2f')}"
 
 
 def entropy_split(differences: pd.DataFrame, model: str) -> Figure:

@@ -212,7 +212,11 @@ def truth_table(frame: pd.DataFrame, notes: Iterable[str] = ()) -> Table:
     display = []
     for (model, predictor), part in long.groupby(["model", "predictor"], sort=False):
         cells = part.set_index(["target", "scope"])
-        texts = {heading: _correlation(cells.loc[place]) for place, heading in TRUTH_COLUMNS.items() if place in cells.index}
+        texts = {
+            heading: bounded(*cells.loc[place, ["spearman", "low", "high"]], ".2f")
+            for place, heading in TRUTH_COLUMNS.items()
+            if place in cells.index
+        }
         display.append({"Model": model, "Prediction": predictor_label(predictor)} | texts)
     method = (
         "Spearman rank correlation between predicted and measured damage, 95 % jackknife intervals over ablations: 1 is the same "
@@ -226,8 +230,9 @@ def truth_table(frame: pd.DataFrame, notes: Iterable[str] = ()) -> Table:
     return Table("truth", "Predicted against measured damage of silenced neurons (measured)", long, display, (*method, *notes))
 
 
-def _correlation(cell: pd.Series) -> str:
-    return f"{cell['spearman']:.2f}" + ("" if np.isnan(cell["low"]) else f" [{cell['low']:.2f}, {cell['high']:.2f}]")
+def bounded(value: float, low: float, high: float, form: str) -> str:
+    """Return a value with its interval, alone where it has none."""
+    return f"{value:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def _target(rows: pd.DataFrame, target: str, predictor: str) -> pd.Series:
@@ -272,7 +277,8 @@ def entropy_split(results: Results, measure: str = "kl") -> pd.DataFrame:
     """Return paired differences of `measure` (entropy minus another criterion) by corpus, ratio and kind of position.
 
     positions : all, or the half where the dense model's entropy is below or above its median. `p_holm` is over all rows of a
-    model. Negative means that entropy stays closer to the dense model. Without results the frame is empty.
+    model. Negative means that entropy stays closer to the dense model. Models whose KL is not finite have no row (the main tables
+    name them). Without results the frame is empty.
     """
     columns = ["model", "corpus", "ratio", "positions", "other", "entropy", "value_other", "difference", "low", "high", "p"]
     if results is None:
@@ -284,12 +290,15 @@ def entropy_split(results: Results, measure: str = "kl") -> pd.DataFrame:
         others = [name for name in in_order(of_model["criterion"].unique()) if name in CRITERIA and name != "entropy"]
         for ratio, other, where in itertools.product(sorted(of_model["ratio"].unique()), others, POSITIONS):
             sides = [sample(results, column, model, name, ratio, where) for name in ("entropy", other)]
-            if any(side.empty for side in sides) or not set(sides[0]["seed"]) & set(sides[1]["seed"]):
+            if any(side.empty or not np.isfinite(side["value"]).all() for side in sides):
+                continue
+            if not set(sides[0]["seed"]) & set(sides[1]["seed"]):
                 continue
             d = intervals.paired_difference(*sides)
             place = {"model": model, "corpus": corpus, "ratio": ratio, "positions": where, "other": other}
-            means = {"entropy": sides[0]["value"].mean(), "value_other": sides[1]["value"].mean()}
-            rows.append(place | means | {"difference": d.mean, "low": d.low, "high": d.high, "p": d.p})
+            means = [np.average(side["value"], weights=side["weight"]) for side in sides]
+            place |= dict(zip(("entropy", "value_other"), means, strict=True))
+            rows.append(place | {"difference": d.mean, "low": d.low, "high": d.high, "p": d.p})
     frame = pd.DataFrame(rows, columns=columns)
     frame["p_holm"] = frame.groupby("model")["p"].transform(lambda p: intervals.holm(p)) if rows else []
     return frame
@@ -335,7 +344,7 @@ def entropy_table(frame: pd.DataFrame, results: Results | None) -> Table:
             "A - B": [f"{label('entropy')} - {label(other)}" for other in frame["other"]],
             "KL of A": frame["entropy"].map("{:.3f}".format),
             "KL of B": frame["value_other"].map("{:.3f}".format),
-            "Difference, nats": [f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in frame.itertuples()],
+            "Difference, nats": [bounded(row.difference, row.low, row.high, "+.3f") for row in frame.itertuples()],
             "p": frame["p"].map(format_p),
             "p (Holm)": frame["p_holm"].map(format_p),
         }
@@ -445,7 +454,10 @@ def corpora_table(frame: pd.DataFrame, notes: Iterable[str]) -> Table:
             "Rank correlation": frame["spearman"].map("{:.3f}".format),
         }
     )
-    note = "Means over layers. The rows of the next seed are the noise of calibration: only a lower value says that text matters."
+    note = (
+        "Means over layers. The row of the next seed is one draw of the noise of calibration: one pair of seeds tests nothing, "
+        "and a value close to it says nothing about the text."
+    )
     return Table("calibration_text", "Kept neurons by calibration text (measured)", frame, display, (note, *notes))
 
 
