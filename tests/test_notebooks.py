@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
+from hfprune_nb.cost import generation
 from hfprune_nb.errors import UserError
+from hfprune_nb.measure import tasks
+from hfprune_nb.method import compensation
+from hfprune_nb.method.recovery import recipes
+from hfprune_nb.models import loading
 from hfprune_nb.runs import grid, parameters, stages, study
+from hfprune_nb.runs.stages.base import CHOICES
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -201,6 +207,15 @@ def test_the_declared_defaults_are_those_of_the_notebooks():
         expected = {parameter: each.default for parameter, each in found.items() if parameter != "study"}
         assert values == expected, f"notebooks/defaults.yaml and {stages.STAGES[name].notebook} differ"
         assert {name: type(value) for name, value in values.items()} == {name: type(value) for name, value in expected.items()}
+
+
+def test_what_a_stage_lets_choose_is_what_the_package_knows():
+    """The stages repeat it, so that a misspelt value is refused before anything is loaded."""
+    allowed = {name: set(values) for each in stages.STAGES.values() for name, values in (CHOICES | each.choices).items()}
+    assert allowed["dtype"] == set(loading.DTYPES) and allowed["attention"] == set(loading.ATTENTIONS)
+    assert allowed["compensation"] == set(compensation.KINDS) and allowed["recipe"] == set(recipes.RECIPES)
+    assert allowed["task_source"] == set(tasks.SOURCES) and allowed["metric"] == set(tasks.METRICS)
+    assert allowed["cache"] == set(generation.CACHES)
 
 
 def test_the_offline_studies_need_no_hub():

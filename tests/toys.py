@@ -22,7 +22,7 @@ PRUNING = (
     "(read(run.inputs['scores']), criterion, ratio)",
 )
 RECOVERY = (
-    'study: str = "toy"\nmodel: str = "tiny"\npruned: str = ""\nsteps: int = 3\nseed: int = 0\nrecipe: str = "toy"\n'
+    'study: str = "toy"\nmodel: str = "tiny"\npruned: str = ""\nsteps: int = 3\nseed: int = 0\nrecipe: str = "hfprune-lora"\n'
     'data: str = "text"\nn_records: int = 2\nepochs: float = 0.0\nmax_steps: int = 0',
     "('tuned', read(run.inputs['pruned']), steps)",
 )

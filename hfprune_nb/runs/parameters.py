@@ -104,6 +104,7 @@ def complete(stage: str, parameters: dict, exploring: bool = False) -> dict:
     for name, given in STAGES[stage].inputs.items():
         if given.many:
             values[name] = sorted(values[name])
+    STAGES[stage].check_choices(values)
     STAGES[stage].check(values)
     return values
 

@@ -1,12 +1,22 @@
 """What a stage says about itself: notebook, inputs, its part of a study's grid, what of it is shown, and how much work it is."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from hfprune_nb.errors import UserError
+
 EVERYTHING = "*"
+# What parameters may be that mean the same in every stage that has them.
+CHOICES = {
+    "bos": ("auto", True, False),
+    "dtype": ("bfloat16", "float16", "float32", "float64"),
+    "attention": ("sdpa", "eager", "flash_attention_2"),
+    "device": ("auto", "cpu", "cuda", "cuda:N", "balanced"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Stage:
     section : the section of a study file without which the stage is left out of that study; empty: never.
     axes : key of a study file -> the parameter that takes each value of that list in turn; any other parameter may be listed in
     the file's section `axes`. grid : further parameters that the grid sets.
+    choices : parameter -> its possible values, beside those in CHOICES.
     exported : whether its tables and figures are shown with the study's. files : parameters that may name files or folders, whose
     content then is part of the key. version : raise it when the same parameters give other results than before; it is part of
     the key, as are the parameters that differ from their defaults.
@@ -47,12 +58,22 @@ class Stage:
     section: ClassVar[str] = ""
     axes: ClassVar[dict[str, str]] = {}
     grid: ClassVar[tuple[str, ...]] = ("model",)
+    choices: ClassVar[dict[str, tuple]] = {}
     exported: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]] = ("model",)
     version: ClassVar[int] = 1
 
     def check(self, values: dict) -> None:
         """Raise UserError for what can be seen to be wrong in a complete set of parameters before anything is loaded."""
+
+    def check_choices(self, values: dict) -> None:
+        """Raise UserError for a value that is none of its parameter's choices."""
+        for name, allowed in (CHOICES | self.choices).items():
+            value = values.get(name, allowed[0])
+            if name == "device":
+                value = re.sub(r"^cuda:\d+$", "cuda:N", value)
+            if value not in allowed:
+                raise UserError(f"{name} {value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
 
     def common(self, study) -> dict:
         """Return the parameters that are the same in all of a study's jobs of this stage, as the study's axes give them."""

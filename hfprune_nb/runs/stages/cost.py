@@ -9,6 +9,7 @@ class Cost(Stage):
     name = "cost"
     notebook = "07_cost.ipynb"
     section = "cost"
+    choices = {"cache": ("dynamic", "static")}
     exported = True
     files = ("model", "corpus")
 

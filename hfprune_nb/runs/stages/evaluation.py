@@ -24,6 +24,7 @@ class Evaluation(Stage):
             agrees=("model", "perplexity_corpora", "n_windows", "seq_len", "fidelity_positions", "seed", "bos", "dtype"),
         ),
     }
+    choices = {"task_source": ("auto", "local", "hub"), "metric": ("paper", "acc")}
     files = ("model", "perplexity_corpora")
 
     def plan(self, grid):

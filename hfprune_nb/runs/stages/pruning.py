@@ -19,6 +19,7 @@ class Pruning(Stage):
         "compensations": "compensation",
     }
     grid = ("model", "seed")
+    choices = {"compensation": ("none", "least_squares", "least_squares_bias")}
 
     def check(self, values):
         allocations.variants(values["allocation"])

@@ -14,6 +14,7 @@ class Recovery(Stage):
     notebook = "04_recovery.ipynb"
     inputs = {"pruned": Input("pruning", optional=True)}
     section = "recovery"
+    choices = {"recipe": ("hfprune-lora", "sdmprune-lora", "full")}
     exported = True
     files = ("model", "data")
 
