@@ -294,7 +294,7 @@ def shell(project):
     from IPython.core.interactiveshell import InteractiveShell
 
     found = InteractiveShell.instance()
-    found.user_ns["start"] = lambda: start_all("calibration")
+    found.user_ns["start"] = lambda **changes: start_all("calibration", **changes)
     yield found
     InteractiveShell.clear_instance()
 
@@ -306,7 +306,17 @@ def test_a_notebook_that_fails_or_is_interrupted_holds_nobody_up(shell, capsys):
     shell.run_cell("raise KeyboardInterrupt")
     assert not run._lock.path.exists()
     shell.run_cell("run.finish(device='cpu')")
+    shell.run_cell("'a cell after the last'")
     assert run.artifact.current and run.artifact.path("value.txt").read_text() == "1" and not run._lock.path.exists()
+
+
+def test_a_notebook_that_is_started_again_holds_what_it_makes_now_and_nothing_else(shell):
+    shell.run_cell("first = start(); second = start(seed=5); second.path('value.txt').write_text('1')")
+    first, second = shell.user_ns["first"], shell.user_ns["second"]
+    assert second._lock.held and not first._lock.path.exists()
+    shell.run_cell("again = start(seed=5); again.path('value.txt').write_text('1'); again.finish()")
+    shell.run_cell("'a cell after the last'")
+    assert second.artifact.current and not second._lock.path.exists() and not first._lock.path.exists()
 
 
 def test_what_another_computed_meanwhile_is_not_overwritten(shell, capsys):

@@ -47,11 +47,11 @@ def start(stage: str, /, **parameters) -> "Run":
     notebook = notebook_path(stage)
     refuse_unknown(_injected_names(), notebook)
     known = notebook_parameters(notebook)
-    given = parameters or {name: value for name, value in sys._getframe(1).f_globals.items() if name in known}
-    if missing := sorted(known.keys() - given.keys()):
+    parameters = parameters or {name: value for name, value in sys._getframe(1).f_globals.items() if name in known}
+    if missing := sorted(known.keys() - parameters.keys()):
         raise UserError(f"stage.start({stage!r}) lacks parameters of {notebook.name}: {', '.join(missing)}")
-    study = given["study"]
-    values = _resolve(stage, study, complete(stage, given))
+    study = parameters["study"]
+    values = _resolve(stage, study, complete(stage, parameters))
     folder = study_folder(study)
     inputs = {}
     for name, given in STAGES[stage].inputs.items():
@@ -74,13 +74,12 @@ class Run:
         self.artifact = Artifact(study_folder(study) / stage / address(stage, parameters))
         self.done = self.artifact.current
         self._lock = lock(self.artifact)
+        self._writer = self._left = None
+        if shell := _shell():
+            self._watch(shell)
         if not self.done:
             self._begin()
         self._started = datetime.now(UTC)
-        self._left = None
-        if shell := _shell():
-            shell.events.register("pre_run_cell", lambda _: self.done or self._lock.held or self._lock.take())
-            shell.events.register("post_run_cell", lambda result: result.success or self.done or self._leave())
 
     @property
     def folder(self) -> Path:
@@ -98,6 +97,20 @@ class Run:
         self.done = self.artifact.current
         if self.done:
             self._lock.release()
+
+    def _watch(self, shell) -> None:
+        """Hold the lock only while cells of this notebook run and succeed; a run that it began before is left."""
+        if before := getattr(shell, "hfprune_run", None):
+            before._lock.release(everything=True)
+            for event, hook in before._hooks.items():
+                shell.events.unregister(event, hook)
+        self._hooks = {
+            "pre_run_cell": lambda _: self.done or not self._writer or self._lock.held or self._lock.take(),
+            "post_run_cell": lambda result: self.done or not self._writer or result.success or self._leave(),
+        }
+        for event, hook in self._hooks.items():
+            shell.events.register(event, hook)
+        shell.hfprune_run = self
 
     def _leave(self) -> None:
         """Let others compute this while the kernel idles after an error or an interrupt; the next cell takes the lock again."""
