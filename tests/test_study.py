@@ -191,6 +191,19 @@ def test_a_study_extends_another_and_says_only_what_differs(project):
     assert [job.reference for job in study.load("whole").jobs] == [job.reference for job in paper.jobs]
 
 
+def test_one_attention_serves_every_stage_that_loads_a_model(tmp_path):
+    """In the kit's own notebooks; a section may still say otherwise."""
+    text = "models: [m]\nseeds: [0]\ncriteria: [entropy]\nratios: [0.2]\nevaluation: {}\nrecovery: {attention: sdpa}\n"
+    (tmp_path / "own.yaml").write_text(text + "attention: eager\n")
+    sections = study.load(tmp_path / "own.yaml").sections
+    found = {name: own.get("attention") for name, own in sections.items()}
+    assert found.pop("recovery") == "sdpa"
+    assert {name for name, attention in found.items() if attention == "eager"} == {"scoring", "pruning", "evaluation"}
+    (tmp_path / "own.yaml").write_text(text + "attention: 3\n")
+    with pytest.raises(UserError, match="parameter 'attention' of .* must be str"):
+        study.load(tmp_path / "own.yaml")
+
+
 def test_files_that_extend_each_other_are_refused(project):
     for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
         toys.write_study(project, name, extends=f"{other}.yaml")

@@ -19,7 +19,9 @@ from hfprune_nb.runs.stages import STAGES
 SETTINGS = {"workers": 2, "threads": 1, "timeout_minutes": 60.0, "offline": False}
 # Key of a study file -> the stage and its parameter that takes each of the values in turn.
 AXES = {key: (name, parameter) for name, each in STAGES.items() for key, parameter in each.axes.items()}
-KEYS = ("name", "description", "extends", "models", "assets", "recovery_criteria", "axes", "run", *AXES, *STAGES)
+# Keys that set a parameter of this name in every stage that has one, unless its section does.
+SHARED = ("attention",)
+KEYS = (*SHARED, "name", "description", "extends", "models", "assets", "recovery_criteria", "axes", "run", *AXES, *STAGES)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def _checked(path: Path, content: dict) -> Study:
             key = f"axes.{name}.{parameter}"
             axes[name][parameter] = _values(key, name, parameter, _list(key, values, True))
     used = [name for name, each in STAGES.items() if not each.section or content.keys() & {name, each.section}]
-    sections = {name: _section(name, _mapping(name, content.get(name)), axes[name]) for name in used}
+    shared = {key: content[key] for key in SHARED if key in content}
+    sections = {name: _section(name, _mapping(name, content.get(name)), axes[name], shared) for name in used}
     return Study(
         path=path,
         **texts,
@@ -251,12 +254,14 @@ def _settings(given: dict) -> dict:
     return SETTINGS | given
 
 
-def _section(name: str, given: dict, axes: dict) -> dict:
+def _section(name: str, given: dict, axes: dict, shared: dict) -> dict:
     own = {parameter for parameter in STAGES[name].axes.values() if parameter in grid.ALWAYS}
     taken = {*own, *axes, *STAGES[name].grid, *STAGES[name].inputs, "study"}
     if both := sorted(taken & given.keys()):
         raise UserError(f"{name}.{both[0]} is set by the grid of the study: remove it from the section")
+    notebook = parameters.notebook_path(name)
+    known = parameters.notebook_parameters(notebook).keys()
     try:
-        return parameters.check_parameters(parameters.notebook_path(name), given)
+        return parameters.check_parameters(notebook, {key: shared[key] for key in shared if key in known} | given)
     except UserError as error:
         raise UserError(f"section {name}: {error}") from None
