@@ -66,15 +66,16 @@ def read_records(file: str | Path, what: str = "file") -> Iterator[tuple[str, di
     if suffix(file) == ".parquet":
         yield from _parquet_records(file, what)
         return
-    lines = ((number, line) for number, line in enumerate(_lines(file, what), 1) if line.strip())
-    for index, (number, line) in enumerate(lines):
-        place = f"{what} {file}, line {number}"
-        if index == 0 and line.lstrip().startswith("["):
-            whole = "".join([line, *(later for _, later in lines)])
-            for count, record in enumerate(_parse(whole, f"{what} {file}"), 1):
-                yield f"{what} {file}, record {count}", _checked(record, f"{what} {file}, record {count}", "\\u" in whole)
-        else:
-            yield place, _checked(_parse(line, place), place, "\\u" in line)
+    begins = next((line.lstrip() for line in _lines(file, what) if line.strip()), "")
+    if begins.startswith("["):
+        text = read_text(file, what)
+        records = enumerate(_parse(text, f"{what} {file}"), 1)
+        found = ((f"{what} {file}, record {number}", record, text) for number, record in records)
+    else:
+        lines = ((f"{what} {file}, line {number}", line) for number, line in enumerate(_lines(file, what), 1) if line.strip())
+        found = ((place, _parse(line, place), line) for place, line in lines)
+    for place, record, source in found:
+        yield place, _checked(record, place, "\\u" in source)
 
 
 def _parse(text: str, place: str):

@@ -66,7 +66,7 @@ def test_parquet_records_say_where_they_stand(tmp_path):
         (LINES.encode("utf-16-be"), "is UTF-16 or UTF-32, not UTF-8"),
         (LINES.encode("utf-32"), "is UTF-32, not UTF-8"),
         (b'{"a": 1}\n\n{"a"\n', "line 3 is no JSON"),
-        (b'[{"a": 1},\n{"a" 2}]', "is no JSON .*line 2"),
+        (b'\n\n[{"a": 1},\n\n{"a" 2}]', "is no JSON .*line 5"),
         (b'{"a": 1}\n[1, 2]', r"line 2 is no record but \[1, 2\]: give an object"),
         (b'[{"a": 1}, "text"]', 'record 2 is no record but "text"'),
         (b'{"a": 1}\n{"a": ["x", {"b": "\\ud83d"}]}', r"line 2 holds half a character, '\\ud83d'"),
