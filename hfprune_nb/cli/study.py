@@ -142,11 +142,22 @@ def _run(options) -> int:
         logger.setLevel(logging.INFO)
     if options.fetch and any(outcome.state != "done" for outcome in status(loaded)):
         _fetch_missing(loaded.assets)
+    _say_shares(loaded)
     summary = scheduler.run(loaded, options.workers, on_terminal, options.gpus)
     say(summary.text())
     if loaded.folder.is_dir():
         say(f"results: {loaded.folder}")
     return 0 if summary.ok else 1
+
+
+def _say_shares(loaded) -> None:
+    """Say before anything runs which ratios take most of a model's neurons: of small models the embedding is the larger part."""
+    from hfprune_nb.inputs import shares
+
+    wanted = {(job.parameters["model"], job.parameters["ratio"]) for job in loaded.jobs if job.stage == "pruning"}
+    for model, ratio in sorted(wanted):
+        if sentence := shares.warning(model, ratio):
+            say(sentence)
 
 
 def _fetch_missing(names: list[str]) -> None:
