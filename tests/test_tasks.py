@@ -14,7 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from test_calibration import PROJECT, byte_tokenizer, silent
+from test_calibration import PROJECT, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfprune_nb.errors import UserError
@@ -117,6 +117,9 @@ def test_bad_input_gets_one_sentence(monkeypatch, names, source, message):
 
 
 def test_the_hubs_silence_is_told(monkeypatch):
+    def silent(*_, **__):
+        raise ConnectionError("no route")
+
     monkeypatch.setattr(datasets, "load_dataset", silent)
     with pytest.raises(UserError, match=r"task 'piqa': the hub did not give its data \(ConnectionError\)"):
         tasks.load_tasks(["piqa"], "hub")
