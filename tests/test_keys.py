@@ -108,6 +108,9 @@ def test_local_text_counts_by_its_content_not_by_where_it_lies(project, tmp_path
     before = key("calibration", corpus=str(corpus))
     (tmp_path / "moved").mkdir()
     assert key("calibration", corpus=shutil.copy(corpus, tmp_path / "moved")) == before
+    run = stage.start("calibration", study="toy", **parameters.complete("calibration", {"corpus": str(corpus)}))
+    run.path("value.txt").write_text("1")
+    assert run.finish().card["contents"] == {"corpus": ["text.jsonl", keys.sha256(corpus)[:16]]}
     corpus.write_text('{"text": "two"}')
     assert key("calibration", corpus=str(corpus)) != before
     assert key("evaluation", perplexity_corpora=[str(corpus)]) != key("evaluation", perplexity_corpora=["missing.jsonl"])

@@ -36,12 +36,16 @@ def address(stage: str, parameters: dict) -> str:
     chosen = {name: value for name, value in parameters.items() if name != "study" and value != defaults.get(name, ...)}
     if "device" in parameters:
         chosen["device"] = device(parameters["device"])
-    for name in own.files:
-        if name in parameters and (found := _contents(parameters[name])) != parameters[name]:
-            chosen[name] = found
+    chosen |= contents(stage, parameters)
     code = {name: _content(path) for name, path in own.sources(parameters).items()}
     version = [own.version] if own.version > 1 else []
     return hashlib.sha256(canonical([stage, *version, chosen, *filter(None, [code])]).encode()).hexdigest()[:16]
+
+
+def contents(stage: str, parameters: dict) -> dict:
+    """Return the parameters that name local files or folders: name -> [file name, hash of the content], or a list of such."""
+    found = {name: _contents(parameters[name]) for name in STAGES[stage].files if name in parameters}
+    return {name: value for name, value in found.items() if value != parameters[name]}
 
 
 def device(named: str) -> str:

@@ -19,7 +19,7 @@ from hfprune_nb.progress import PROGRESS_FILE
 from hfprune_nb.runs import kernel
 from hfprune_nb.runs.artifacts import Artifact, Writer, finished, open_artifact
 from hfprune_nb.runs.grid import shown
-from hfprune_nb.runs.keys import address
+from hfprune_nb.runs.keys import address, contents
 from hfprune_nb.runs.locks import Lock
 from hfprune_nb.runs.parameters import complete, notebook_parameters, notebook_path, refuse_unknown
 from hfprune_nb.runs.provenance import peak_memory, surroundings
@@ -153,6 +153,7 @@ class Run:
             "stage": self.stage,
             "key": self.artifact.key,
             "parameters": self.parameters,
+            "contents": contents(self.stage, self.parameters),
             "facts": facts,
             "started": self._started.isoformat(timespec="seconds"),
             "finished": ended.isoformat(timespec="seconds"),
