@@ -238,9 +238,9 @@ def test_interrupt_is_one_line_and_exit_code_130(project, monkeypatch, capsys, r
     assert capsys.readouterr().err == "interrupted: run the same command again to continue\n"
 
 
-def test_status_imports_nothing_heavy(project):
+def test_status_and_plan_import_nothing_heavy(project):
     code = (
-        "import sys; from hfprune_nb.cli.main import main; main(['study', 'status', 'toy'])\n"
+        "import sys; from hfprune_nb.cli.main import main; [main(['study', each, 'toy']) for each in ('status', 'plan')]\n"
         "assert not {'torch', 'transformers', 'papermill', 'pandas', 'nbconvert'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True)

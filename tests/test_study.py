@@ -330,7 +330,7 @@ def test_plan_table_has_one_row_per_job(project):
 # -- run and resume
 
 
-def test_finished_study_is_published(project):
+def test_finished_study_is_exported(project):
     loaded = study.load("toy")
     for name in ("tables/table.csv", "figures/figure.png", "index.html", "study.yaml", "cards.json", "run.log"):
         assert (loaded.folder / name).is_file(), name
@@ -450,7 +450,7 @@ def test_front_door_notebook_runs_a_study_and_shows_it_and_two_runs_give_identic
         assert Artifact(again.folder / job.reference).digest == Artifact(first.folder / job.reference).digest
 
 
-def test_clean_keeps_what_was_published(project):
+def test_clean_keeps_what_was_exported(project):
     loaded = study.load("toy")
     doomed = scheduler.removable(loaded.folder)
     assert len(doomed) == 12 and scheduler.clean(loaded.folder) == doomed
@@ -549,7 +549,7 @@ def test_the_log_of_a_run_is_json_by_line(finished_project):
     assert all(event["time"] and event["seconds"] >= 0 for event in events if event["event"] == "computed")
 
 
-def test_several_jobs_of_a_published_stage_keep_their_places_in_the_names(project):
+def test_several_jobs_of_an_exported_stage_keep_their_points_in_the_names(project):
     toys.write_study(project, "cost", models=["tiny", "other"], seeds=None, criteria=None, ratios=None, evaluation=None, cost={})
     loaded = study.load("cost")
     assert scheduler.run(loaded, progress=False).ok
