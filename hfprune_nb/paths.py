@@ -22,17 +22,23 @@ def data() -> Path:
 
 def cache() -> Path:
     """Return the folder of downloads and converted models: `HFPRUNE_CACHE`, else `data/cache`."""
-    return Path(os.environ.get("HFPRUNE_CACHE") or data() / "cache").expanduser().resolve()
+    return _resolved(os.environ.get("HFPRUNE_CACHE") or str(data() / "cache"), os.getcwd())
 
 
 def results() -> Path:
     """Return the folder of all studies' results: `HFPRUNE_RESULTS`, else `results`."""
-    return Path(os.environ.get("HFPRUNE_RESULTS") or project() / "results").expanduser().resolve()
+    return _resolved(os.environ.get("HFPRUNE_RESULTS") or str(project() / "results"), os.getcwd())
 
 
 @functools.lru_cache(maxsize=16)
 def _project(home: str | None, working: str) -> Path:
     if home:
-        return Path(home).expanduser().resolve()
+        return _resolved(home, working)
     checkout = Path(__file__).resolve().parent.parent
     return checkout if (checkout / "notebooks").is_dir() else Path(working)
+
+
+@functools.lru_cache(maxsize=64)
+def _resolved(folder: str, working: str) -> Path:
+    # A plan asks a thousand times, and resolving looks at every folder on the way.
+    return Path(working, Path(folder).expanduser()).resolve()
