@@ -120,6 +120,24 @@ def test_paths_and_torch_objects_are_taken_as_names(own_cache):
     assert models.notes(Path("anything")) == []
 
 
+def test_scoring_and_measuring_take_paths_lists_and_torch_objects(own_cache):
+    from hfprune_nb.measure import evaluation
+    from hfprune_nb.method.scoring import distributed
+
+    windows = np.random.default_rng(0).integers(0, 384, (3, 8))
+    plain = {"dtype": "float32", "device": "cpu", "progress": False}
+    expected = distributed.score(models.TINY, windows, ["entropy"], folder=own_cache / "one", **plain).importance["entropy"]
+    settings = plain | {"dtype": torch.float32, "device": torch.device("cpu")}
+    source = Path(loading._source(models.TINY))
+    found = distributed.score(source, windows.tolist(), ["entropy"], folder=str(own_cache / "two"), **settings).importance[
+        "entropy"
+    ]
+    assert all(torch.equal(*rows) for rows in zip(found, expected, strict=True))
+    model, _ = models.load(models.TINY, dtype="float32", device="cpu")
+    measured = [evaluation.held_out(model, each, 2, progress=False).perplexity for each in (windows, windows.tolist())]
+    assert measured[0].equals(measured[1])
+
+
 def test_a_whole_cache_is_only_read(own_cache, monkeypatch):
     """It may be another user's: no lock is taken, no folder made."""
     models.load(models.TINY, device="cpu")

@@ -13,7 +13,7 @@ def test_the_share_of_neurons_is_that_of_the_model(architecture, tiny, tmp_path)
     neurons = sum(mlp.width * mlp.parameters_per_neuron for mlp in models.gated_mlps(model))
     share = neurons / models.count_parameters(model)
     assert shares.share_of_neurons(str(tmp_path)) == pytest.approx(share)
-    assert shares.warning(str(tmp_path), share / 2 - 0.01) is None
+    assert shares.warning(str(tmp_path), 0.66 * share) is None
     told = shares.warning(str(tmp_path), 0.75 * share)
     assert "is 75% of its MLP neurons" in told and f"half of them go at {share / 2:.2g}" in told
     assert "is more than its MLP neurons are" in shares.warning(str(tmp_path), share + 0.01)

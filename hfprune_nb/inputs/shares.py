@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from hfprune_nb import paths
 
+_MANY = 2 / 3
 _NEURONS = re.compile(r"layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj\.")
 
 
@@ -26,9 +27,9 @@ def share_of_neurons(model: str) -> float | None:
 
 
 def warning(model: str, ratio: float) -> str | None:
-    """Return a sentence where `ratio` of all parameters is more than half of a model's MLP neurons, else None."""
+    """Return a sentence where `ratio` of all parameters is more than two thirds of a model's MLP neurons, else None."""
     share = share_of_neurons(model)
-    if not share or ratio <= share / 2:
+    if not share or ratio <= share * _MANY:
         return None
     taken = f"is {ratio / share:.0%} of its MLP neurons" if ratio < share else "is more than its MLP neurons are"
     return (

@@ -18,7 +18,8 @@ from hfprune_nb.measure.tasks import load_tasks
 
 
 def benchmark_items(
-    model, tokenizer, names: list[str], source: str = "auto", limit: int = 0, *, scratch: Path, processes: int = 1, **settings
+    model, tokenizer, names: list[str], source: str = "auto", limit: int = 0, *,
+    scratch: str | Path, processes: int = 1, **settings,
 ) -> tuple[pd.DataFrame, dict, dict[str, str]]:  # fmt: skip
     """Run lm-eval tasks on an in-memory model in `processes` processes; return what `evaluation.benchmark_items` returns.
 
@@ -28,6 +29,7 @@ def benchmark_items(
     one or above that of the items of a task, a device that several processes cannot share, a process that fails, and what
     `evaluation.benchmark_items` raises.
     """
+    scratch = Path(scratch)
     sizes = {name: len(task.eval_docs) for name, task in load_tasks(names, source).items()} if processes != 1 else {}
     if sizes:
         fewest = min(sizes, key=sizes.get)

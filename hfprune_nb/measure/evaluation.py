@@ -64,6 +64,7 @@ def held_out(
     the reference does not fit, the windows do not fit the model, or a size is not positive.
     """
     _check_positive(batch_size=batch_size, fidelity_positions=compared_positions)
+    windows = np.asarray(windows)
     check_context(model.config, windows.shape[1])
     check_tokens(model.config, windows)
     count, seq_len = windows.shape
@@ -111,7 +112,7 @@ def save_reference(hidden: dict[str, torch.Tensor], file: Path) -> None:
 def benchmark_items(
     model, tokenizer, names: list[str], source: str = "auto", limit: int = 0, batch_size: int = 16,
     bos: bool | str = tokenization.AUTO,
-    metric: str = "paper", scratch: Path | None = None, max_length: int = 2048,
+    metric: str = "paper", scratch: str | Path | None = None, max_length: int = 2048,
 ) -> tuple[pd.DataFrame, dict, dict[str, str]]:  # fmt: skip
     """Run lm-eval tasks on an in-memory model, each on its own, and keep every item.
 
@@ -135,10 +136,10 @@ def benchmark_items(
     chosen = load_tasks(names, source)
     if scratch and chosen and language_model.rank == 0:
         settings = {"source": source, "limit": limit, "batch_size": batch_size, "bos": bos, "max_length": max_length}
-        claim(scratch, settings | {"dtype": str(model.dtype), "model": weights_digest(model)})
+        claim(Path(scratch), settings | {"dtype": str(model.dtype), "model": weights_digest(model)})
     frames, protocol = [], {}
     for name, task in chosen.items():
-        kept = scratch / f"{name}.parquet" if scratch else None
+        kept = Path(scratch) / f"{name}.parquet" if scratch else None
         if kept and kept.is_file():
             items = pd.read_parquet(kept)
         else:

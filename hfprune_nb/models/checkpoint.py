@@ -51,7 +51,9 @@ def check_weights(name: str, folder: Path) -> None:
             raise UserError(f"model '{name}': {_list(missing)} of {len(named)} parts of its weights did not arrive: copy again.")
         parts = [folder / part for part in named]
     elif parts and not (folder / "model.safetensors").is_file():
-        raise UserError(f"model '{name}': {index.name}, which says what {_list(part.name for part in parts)} hold, is missing.")
+        raise UserError(
+            f"model '{name}': {index.name}, which says what {_list(part.name for part in parts)} hold, is missing: copy it too."
+        )
     for part in parts:
         try:
             with safe_open(part, framework="pt"):

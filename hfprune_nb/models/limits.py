@@ -24,9 +24,9 @@ def check_context(config, seq_len: int) -> None:
         raise UserError(f"seq_len={seq_len} is longer than the model's context of {context} tokens: lower seq_len")
 
 
-def check_tokens(config, token_ids: np.ndarray) -> None:
+def check_tokens(config, token_ids) -> None:
     """Raise UserError for token ids that the model's embedding does not have."""
-    rows = config.get_text_config().vocab_size
+    token_ids, rows = np.asarray(token_ids), config.get_text_config().vocab_size
     if token_ids.size and int(token_ids.max()) >= rows:
         raise UserError(
             f"model: its tokenizer gives token id {int(token_ids.max())} and its embedding has {rows} rows: use the tokenizer "

@@ -19,11 +19,11 @@ from hfprune_nb.method.scoring import engine, scores
 
 
 def score(
-    model: str,
+    model: str | Path,
     windows: np.ndarray,
     criteria: list[str | dict],
     *,
-    folder: Path,
+    folder: str | Path,
     processes: int = 1,
     dtype: str = "bfloat16",
     device: str = "auto",
@@ -41,16 +41,16 @@ def score(
     The same number of processes gives the same bytes. Raises UserError for a number of processes below one or above that of the
     windows, a device that several processes cannot share, a process that fails, and what `models.load` and `scoring.score` raise.
     """
+    folder, dtype, device = Path(folder), str(models.resolve_dtype(dtype)).removeprefix("torch."), models.resolve_device(device)
     settings = {"checkpoint": str(folder / "checkpoint")} | settings
     if processes == 1:
         return engine.score(models.load(model, dtype=dtype, device=device, attention=attention)[0], windows, criteria, **settings)
-    device = models.resolve_device(device)
     group.check(processes, len(windows), "windows", device)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("merged.*"):
         leftover.unlink()
     save_file({"windows": torch.as_tensor(np.array(windows), dtype=torch.int64)}, folder / "windows.safetensors")
-    loading = {"name": model, "dtype": dtype, "device": device, "attention": attention}
+    loading = {"name": str(model), "dtype": dtype, "device": device, "attention": attention}
     request = {"model": loading, "criteria": [variant.spec for variant in variants(criteria)], "settings": settings}
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     group.launch(__name__, folder, processes)
