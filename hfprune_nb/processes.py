@@ -17,8 +17,8 @@ from hfprune_nb.errors import UserError
 _LAUNCHED = "HFPRUNE_LAUNCHED"
 
 
-def place() -> tuple[int, int]:
-    """Return (rank, processes) of this process in its process group, (0, 1) outside one."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return (rank, world size) of this process in its process group, (0, 1) outside one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
@@ -80,7 +80,7 @@ def member(folder: Path) -> Iterator[int]:
         threading.Thread(target=_end_with_launcher, daemon=True).start()
     # What the processes tell each other is little and lies on the CPU.
     torch.distributed.init_process_group("gloo")
-    rank = place()[0]
+    rank = rank_and_world_size()[0]
     try:
         yield rank
     except Exception as error:

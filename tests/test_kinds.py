@@ -295,3 +295,21 @@ def test_ablation_is_the_measured_divergence_shared_by_a_group(group, tiny, toke
                 divergence = float((dense.exp() * (dense - changed)).sum(-1).mean(-1).sum())
                 own = found[mlp.layer][start : start + group]
                 assert own.tolist() == pytest.approx([divergence / len(own)] * len(own), rel=1e-6, abs=1e-14)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_llm_pruner_takes_the_absolute_value_of_the_gradient_over_all_windows(architecture, tiny, token_windows):
+    model, windows = tiny(architecture, "float64"), torch.as_tensor(token_windows[:3])
+    specs = ["llm_pruner", {"llm_pruner": {"granularity": "element"}, "as": "element"}]
+    found = scoring.score(model, token_windows[:3], specs, batch_size=2, **QUIET).importance
+    model.requires_grad_(True)
+    logits = model(input_ids=windows).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).backward()
+    for mlp in models.gated_mlps(model):
+        products = [(module.weight * module.weight.grad).detach() for module in (*mlp.inputs, mlp.down)]
+        rows = [products.pop().t()]
+        rows += [part for product in products for part in product.split(mlp.width)]
+        vector, element = sum(row.sum(1).abs() for row in rows), sum(row.abs().sum(1) for row in rows)
+        torch.testing.assert_close(found["llm_pruner"][mlp.layer], vector, rtol=1e-5, atol=1e-12)
+        torch.testing.assert_close(found["element"][mlp.layer], element, rtol=1e-5, atol=1e-12)
+        assert (element >= vector - 1e-12).all()

@@ -1,6 +1,6 @@
 """Importance criteria: one file each, found by their `name`; a new file in this folder is a new criterion.
 
-Sign convention: a higher importance means that removing the neuron does more damage; the lowest are removed first.
+Sign convention: a higher importance means that removing the neuron costs the model more; the lowest are removed first.
 """
 
 from collections.abc import Iterable

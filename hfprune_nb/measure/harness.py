@@ -71,7 +71,7 @@ class SharedPrefixLM(HFLM):
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, softmax_dtype="float32"
         )  # fmt: skip
         self._prefix = tokenization.prefix(tokenizer, bos)
-        self._rank, self._world_size = processes.place()
+        self._rank, self._world_size = processes.rank_and_world_size()
         self._head: Head = head(model)
         config = model.config.get_text_config()
         self._window = getattr(config, "sliding_window", None)

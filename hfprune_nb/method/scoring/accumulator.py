@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hfprune_nb.files import by_layer, full_disk_in_one_sentence
-from hfprune_nb.processes import place
+from hfprune_nb.processes import rank_and_world_size
 
 
 def snapshot_counts(windows: int) -> list[int]:
@@ -56,7 +56,7 @@ class Accumulator:
         """
         sums = {name: [total.cpu() for total in self.sums[name]] for name in sorted(self.sums)}
         values = torch.tensor([self.values[name] for name in sorted(self.values)], dtype=torch.float64)
-        if place()[1] > 1:
+        if rank_and_world_size()[1] > 1:
             parts = [*(total for rows in sums.values() for total in rows), values]
             flat = torch.cat([part.flatten() for part in parts])
             torch.distributed.all_reduce(flat)

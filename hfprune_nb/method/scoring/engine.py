@@ -113,7 +113,9 @@ def score(
     started = time.perf_counter()
     found, mean_value = {}, {}
     tokens = np.size(windows) if reading else 0
-    shown = bar(tokens * (1 + len(students)) // processes.place()[1], "tok", "scoring", enabled=progress and tokens > 0)
+    shown = bar(
+        tokens * (1 + len(students)) // processes.rank_and_world_size()[1], "tok", "scoring", enabled=progress and tokens > 0
+    )
     with shown as progress_bar, fast_on_cpu(model):
         if dense:
             found, mean_value = scoring_pass("dense", dense, None, progress_bar)
@@ -170,7 +172,7 @@ class _Pass:
         self.checkpoint, self.checkpoint_every = checkpoint, checkpoint_every
         self.finds_batch = batch_size == 0
         self.teacher = _Teacher(teacher_bytes)
-        self.rank, self.world_size = processes.place()
+        self.rank, self.world_size = processes.rank_and_world_size()
         self.numbers = np.arange(self.rank, len(windows), self.world_size)
         self.gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self.seconds_before = 0.0
