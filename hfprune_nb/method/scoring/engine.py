@@ -113,10 +113,8 @@ def score(
     started = time.perf_counter()
     found, mean_value = {}, {}
     tokens = np.size(windows) if reading else 0
-    shown = bar(
-        tokens * (1 + len(students)) // processes.rank_and_world_size()[1], "tok", "scoring", enabled=progress and tokens > 0
-    )
-    with shown as progress_bar, fast_on_cpu(model):
+    own = tokens * (1 + len(students)) // scoring_pass.world_size
+    with bar(own, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar, fast_on_cpu(model):
         if dense:
             found, mean_value = scoring_pass("dense", dense, None, progress_bar)
         for index, ((aggregation, ratio), group) in enumerate(students.items(), start=1):
