@@ -32,7 +32,7 @@ ALLOWED = {  # who may ask whom: the ground floor knows nobody, the measures kno
     "method": {"criteria", "allocations", "inputs", "models"},
     "measure": {"inputs", "models"},
     "cost": {"criteria", "inputs", "models", "method"},
-    "runs": {"criteria", "allocations"},
+    "runs": {"criteria", "allocations", "inputs.hub"},
     "report": {"criteria", "allocations"},
     "cli": {"criteria", "allocations", "inputs", "models", "cost", "runs", "report"},
 }

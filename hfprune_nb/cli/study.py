@@ -95,6 +95,8 @@ def _plan(options) -> int:
     times = ", ".join(f"{number}: {forecast.in_words(forecast.hours(loaded, number))}" for number in counts)
     left = forecast.in_words(forecast.hours(loaded, loaded.run["workers"], only_missing=True))
     say(f"whole study by workers or GPUs: {times}; what is missing, with {loaded.run['workers']}: {left}")
+    if gigabytes := forecast.download(loaded.jobs):
+        say(f"downloads from the hub, kept for every later run: {gigabytes:.1f} GB")
     late = forecast.overdue(loaded)
     if late:
         minutes = loaded.run["timeout_minutes"]
@@ -132,7 +134,7 @@ def _run(options) -> int:
     from hfprune_nb.runs import scheduler
     from hfprune_nb.runs.status import status
 
-    loaded = _load(options)
+    loaded = _pinned(options)
     on_terminal = sys.stderr.isatty()
     if not on_terminal:
         handler = logging.StreamHandler()
@@ -140,8 +142,12 @@ def _run(options) -> int:
         logger = logging.getLogger("hfprune_nb.runs")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    if options.fetch and any(outcome.state != "done" for outcome in status(loaded)):
-        _fetch_missing(loaded.assets)
+    if missing := [outcome.job for outcome in status(loaded) if outcome.state != "done"]:
+        from hfprune_nb.cli import preflight
+
+        if options.fetch:
+            _fetch_missing(loaded.assets)
+        preflight.check(missing, loaded)
     _say_shares(loaded)
     summary = scheduler.run(loaded, options.workers, on_terminal, options.gpus)
     say(summary.text())
@@ -201,7 +207,7 @@ def _verify(options) -> int:
 def _job(options) -> int:
     from hfprune_nb.runs import scheduler
 
-    loaded = _load(options)
+    loaded = _pinned(options)
     outcome = scheduler.run_job(loaded, options.job, options.gpus)
     say(outcome.line())
     return 0 if outcome.state in ("done", "computed") else 1
@@ -210,7 +216,7 @@ def _job(options) -> int:
 def _graph(options) -> int:
     from hfprune_nb.runs import forecast
 
-    loaded = _load(options)
+    loaded = _pinned(options)
     say(json.dumps(forecast.graph(loaded), indent=1))
     return 0
 
@@ -249,3 +255,13 @@ def _load(options):
     if options.results:
         os.environ["HFPRUNE_RESULTS"] = os.path.abspath(options.results)
     return study.load(options.study)
+
+
+def _pinned(options):
+    """Return the checked study, each of its hub repositories at one commit: that of its first run, else the newest."""
+    from hfprune_nb.runs import pins
+
+    loaded = _load(options)
+    if not loaded.run["offline"] and (refused := pins.resolve(loaded)):
+        raise UserError("\n".join(refused))
+    return _load(options)

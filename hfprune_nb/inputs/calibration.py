@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import claim
-from hfprune_nb.inputs import assets, benchmarks, chat, hub_data, tokenization
+from hfprune_nb.inputs import assets, benchmarks, chat, hub, hub_data, tokenization
 from hfprune_nb.progress import bar as progress_bar
 
 SPLITS = ("calibration", "evaluation")
@@ -123,7 +123,7 @@ def documents(
     if chat_tokenizer is not None and (corpus in TEXT_CORPORA or text_files.suffix(corpus) == ".txt"):
         raise UserError(f"corpus {corpus!r} holds plain text and no conversations: set chat_template=False")
     if corpus == "c4":
-        return _hub_dataset("allenai/c4:en", split, "text", seed, None, passed_over)
+        return _hub_dataset(hub.REPOSITORIES[corpus], split, "text", seed, None, passed_over)
     if corpus == "c4-sample":
         return _shuffled(_c4_sample(split), seed)
     if corpus == "wikitext":

@@ -15,7 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
-from hfprune_nb import paths
+from hfprune_nb import paths, text_files
 from hfprune_nb.errors import UserError
 
 REVISIONS = "HFPRUNE_REVISIONS"  # of the environment: which commits this process and its children read, as JSON
@@ -27,6 +27,19 @@ PATIENCE = 600.0  # seconds for which a hub that is busy, or that answered befor
 SHORT_PATIENCE = 4.0  # seconds for which a hub that never answered is asked again
 PAUSE = 60.0  # seconds after patience ran out in which nothing is asked twice
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# Names of the kit for repositories of the hub.
+REPOSITORIES = {"c4": "allenai/c4:en", "lamini": "MBZUAI/LaMini-instruction", "alpaca": "tatsu-lab/alpaca"}
+
+
+def repository(name: str) -> str:
+    """Return the hub repository that a model, corpus or data name leads to; empty for what is local or the kit's own."""
+    if any(place.exists() for place in (Path(name).expanduser(), paths.project() / name)):
+        return ""
+    found = REPOSITORIES.get(name, name).partition(":")[0]
+    if found.endswith(".gguf"):
+        return found.rpartition("/")[0]
+    is_file = text_files.suffix(found) in (".txt", *text_files.RECORD_SUFFIXES)
+    return found if re.fullmatch(r"[\w.-]+/[\w.-]+", found) and not is_file else ""
 
 
 def commit(repository: str, kind: str = "model", revision: str = "") -> str:
@@ -44,7 +57,7 @@ def commit(repository: str, kind: str = "model", revision: str = "") -> str:
 
 def pin(revisions: dict[str, str]) -> None:
     """Read these repositories (name -> branch, tag or commit) at these revisions from now on, in child processes too."""
-    os.environ[REVISIONS] = json.dumps(revisions, sort_keys=True)
+    os.environ[REVISIONS] = json.dumps(revisions)
 
 
 def pins() -> dict[str, str]:
@@ -129,6 +142,13 @@ def patiently(download, *arguments, **options):
     return tenacity.Retrying(
         retry=broken, wait=tenacity.wait_exponential(0.5, 30), stop=tenacity.stop_after_attempt(6), reraise=True
     )(download, *arguments, **options)
+
+
+def cache() -> Path:
+    """Return the folder in which the hub's client keeps what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def commit_of(folder: str | Path) -> str:

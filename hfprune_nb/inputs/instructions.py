@@ -18,7 +18,7 @@ import torch
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, chat, hub_data, tokenization
+from hfprune_nb.inputs import assets, chat, hub, hub_data, tokenization
 from hfprune_nb.inputs.calibration import TOKENIZER_BATCH, document_hash
 
 # The Alpaca template for an instruction without input.
@@ -26,7 +26,7 @@ TEMPLATE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-HUB = {"lamini": "MBZUAI/LaMini-instruction", "alpaca": "tatsu-lab/alpaca"}
+HUB = ("lamini", "alpaca")
 OFFLINE = "instructlab-sdg"
 # The field names in use, in the order in which they are looked for.
 _INSTRUCTIONS, _INPUTS, _RESPONSES = ("instruction", "prompt"), ("input", "context"), ("response", "output", "completion")
@@ -192,7 +192,7 @@ def _source(data: str, seed: int) -> Iterable[tuple[str, dict]]:
         file = None if data in HUB else text_files.find(data, "data", text_files.RECORD_SUFFIXES)
     if file:
         return _shuffled(list(text_files.read_records(file, "data")), seed)
-    return hub_data.records(hub_data.find(HUB.get(data, data)), "train", seed)
+    return hub_data.records(hub_data.find(hub.REPOSITORIES.get(data, data)), "train", seed)
 
 
 def _shuffled(raw: list[tuple[str, dict]], seed: int) -> Iterator[tuple[str, dict]]:

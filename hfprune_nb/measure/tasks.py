@@ -14,6 +14,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from hfprune_nb import paths, text_files
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
 from hfprune_nb.inputs.benchmarks import BENCHMARKS, benchmark_path
 
 SOURCES = ("auto", "local", "hub")
@@ -103,8 +104,13 @@ def describe(task: Task) -> dict:
         "shots": task.config.num_fewshot or 0,
         "version": task.VERSION,
         "items": len(task.eval_docs),
-        "source": "local" if local else f"hub: {task.DATASET_PATH}",
+        "source": "local" if local else f"hub: {task.DATASET_PATH}{_commit(task)}",
     }
+
+
+def _commit(task: Task) -> str:
+    commit = (task.config.dataset_kwargs or {}).get("revision", "")
+    return f" at {commit[:12]}" if commit else ""
 
 
 def shown_metric(metrics: list[str], choice: str) -> str:
@@ -170,14 +176,16 @@ def _hub_tasks(name: str) -> dict[str, Task]:
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`lm_eval ls tasks` lists the names"
         raise UserError(f"task {name!r} is unknown to lm-eval: {hint}")
     try:
-        if known:
-            return {name: ConfigurableTask(config=load_yaml(_harness_file(name)))}
-        return _task_manager().load([name])["tasks"]
+        if not known:
+            with hub.errors("dataset", f"of the task {name}"):
+                return hub.patiently(_task_manager().load, [name])["tasks"]
+        config = load_yaml(_harness_file(name))
+        repository = config["dataset_path"]
+        commit = hub.commit(repository, "dataset")
+        config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": commit}
+        with hub.errors("dataset", repository, commit):
+            return {name: hub.patiently(ConfigurableTask, config=config)}
     except ImportError as error:
         raise UserError(f"task {name!r} needs a package that is not installed ({error}): install lm_eval[{name}]") from error
-    # The hub's client and the data loaders raise many types that share no base class.
-    except Exception as error:
-        raise UserError(
-            f"task {name!r}: the hub did not give its data ({type(error).__name__}): check the connection, or choose "
-            f"of the local tasks {', '.join(local_names())}"
-        ) from error
+    except UserError as error:
+        raise UserError(f"task {name!r}: {error} These need no hub: {', '.join(local_names())}.") from error

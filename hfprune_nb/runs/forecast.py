@@ -19,6 +19,7 @@ import yaml
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
+from hfprune_nb.inputs import hub
 from hfprune_nb.runs import keys
 from hfprune_nb.runs.grid import Job
 from hfprune_nb.runs.stages import STAGES
@@ -65,8 +66,26 @@ def need(stage: str, parameters: dict, known: dict, ancestor: Callable[[str], di
     amount, tokens = STAGES[stage].work(parameters, known, ancestor)
     size = model_size(parameters, known)
     seconds = rate["startup_seconds"] + amount * rate["seconds_per_unit"].get(stage, 0)
-    memory = rate["base_gb"] + rate["gb_per_billion_parameters"].get(stage, 0) * size / 1e9
+    memory = rate["base_gb"] + rate["gb_per_billion_parameters"].get(stage, 0) * size / 1e9 + STAGES[stage].memory(parameters)
     return Need(seconds, tokens, memory, STAGES[stage].disk(parameters, size, known))
+
+
+def download(jobs: list[Job]) -> float:
+    """Return the GB that jobs read from the hub: every model and data set once, of large data sets so many files as they need."""
+    known, models, files, whole = rates(), {}, {}, {}
+    for job in jobs:
+        for name, kind in STAGES[job.stage].from_hub(job.parameters):
+            repository = hub.repository(name) if name else ""
+            facts = known["data_sets"].get(repository, {})
+            if repository and kind == "model":
+                models[repository] = 2 * known["models"].get(repository, known["models"]["default"]) / 1e9
+            elif job.stage == "calibration" and facts.get("documents_per_file"):
+                long = facts["documents_per_file"] * facts["share_of_long_documents"]
+                needed = math.ceil(1 + job.parameters["n_windows"] / long)
+                files[repository, job.parameters["seed"]] = needed * facts["file_gb"]
+            elif repository:
+                whole[repository] = facts.get("gb", 0.02)
+    return sum([*models.values(), *files.values(), *whole.values()])
 
 
 def device(parameters: dict) -> str:

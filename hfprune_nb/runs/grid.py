@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.runs import pins
 from hfprune_nb.runs.keys import address
 from hfprune_nb.runs.parameters import complete
 from hfprune_nb.runs.stages import STAGES
@@ -46,6 +48,7 @@ class Grid:
 
     def __init__(self, study):
         self.study = study
+        self.commits = pins.known(paths.results() / study.name)
         self.jobs: dict[str, Job] = {}
 
     def of(self, stage: str) -> list[Job]:
@@ -63,7 +66,7 @@ class Grid:
 
         point : where the jobs that it builds on stand in the grid; what the study's axes say of this stage is added.
         """
-        parameters = complete(stage, self.study.sections[stage] | values)
+        parameters = pins.pinned(stage, complete(stage, self.study.sections[stage] | values), self.commits)
         defaults = complete(stage, self.study.sections[stage])
         axes = self.study.axes.get(stage, {})
         own = {name: shown(parameters[name]) for name in axes if name in ALWAYS or parameters[name] != defaults[name]}

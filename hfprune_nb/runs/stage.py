@@ -15,8 +15,9 @@ from pathlib import Path
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
 from hfprune_nb.progress import PROGRESS_FILE
-from hfprune_nb.runs import kernel
+from hfprune_nb.runs import kernel, pins
 from hfprune_nb.runs.artifacts import Artifact, Writer, finished, open_artifact
 from hfprune_nb.runs.grid import shown
 from hfprune_nb.runs.keys import address, contents
@@ -51,8 +52,11 @@ def start(stage: str, /, **parameters) -> "Run":
     if missing := sorted(known.keys() - parameters.keys()):
         raise UserError(f"stage.start({stage!r}) lacks parameters of {notebook.name}: {', '.join(missing)}")
     study = parameters["study"]
-    values = _resolve(stage, study, complete(stage, parameters))
     folder = study_folder(study)
+    # A run that a study or another notebook started has its commits already, if it reads any.
+    values = pins.pinned(stage, complete(stage, parameters), pins.known(folder), ask=PROGRESS_FILE not in os.environ)
+    hub.pin(values.get("revisions", {}))
+    values = _resolve(stage, study, values)
     inputs = {}
     for name, given in STAGES[stage].inputs.items():
         opened = [open_artifact(folder / reference) for reference in _references(values[name])]
@@ -299,6 +303,13 @@ def _reference(name: str, stage: str, value: str, folder: Path) -> str:
 
 def _refuse_other_run(name: str, given: Input, opened: list[Artifact], values: dict) -> None:
     for artifact in opened:
+        ours = values.get("revisions", {})
+        for repository, theirs in artifact.parameters.get("revisions", {}).items():
+            if ours.get(repository, theirs) != theirs:
+                raise UserError(
+                    f"{name}={artifact.reference!r} was made with {repository} at {theirs}, not {ours[repository]}: give both "
+                    f"the same revisions, or leave {name!r} empty"
+                )
         for parameter in given.agrees:
             theirs, ours = artifact.parameters.get(parameter), values.get(parameter)
             if theirs != ours:
@@ -315,7 +326,9 @@ def _make_input(given: Input, study: str, values: dict, own_inputs: dict) -> str
         if serving := _with_more(given, study, values, handed):
             return serving
         handed[given.within[1]] = [values[given.within[0]]]
-    upstream = _resolve(given.stage, study, complete(given.stage, handed, exploring=True))
+    upstream = complete(given.stage, handed, exploring=True)
+    commits = pins.known(study_folder(study)) | {f"{name}@main": commit for name, commit in values.get("revisions", {}).items()}
+    upstream = _resolve(given.stage, study, pins.pinned(given.stage, upstream, commits, ask=True))
     artifact = Artifact(study_folder(study) / given.stage / address(given.stage, upstream))
     if not artifact.current:
         sys.stdout.write(f"{artifact.reference} is missing: {STAGES[given.stage].notebook} makes it first\n")

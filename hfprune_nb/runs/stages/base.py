@@ -105,6 +105,10 @@ class Stage:
         """Return what else than parameters and inputs decides the result: name -> file, whose content then is part of the key."""
         return {}
 
+    def from_hub(self, parameters: dict) -> list[tuple[str, str]]:
+        """Return the names that may lead to repositories of the hub, each with its kind: model or dataset."""
+        return [(parameters.get("model", ""), "model")]
+
     def work(self, parameters: dict, known: dict, ancestor: Callable[[str], dict]) -> tuple[float, float]:
         """Return the work of a run, in a unit of the stage's own, and the tokens that pass a model.
 
@@ -116,6 +120,10 @@ class Stage:
     def disk(self, parameters: dict, size: float, known: dict) -> float:
         """Return the GB that a run on a model of `size` parameters writes; here a notebook with its tables."""
         return 0.002
+
+    def memory(self, parameters: dict) -> float:
+        """Return the GB of main memory that a run takes beyond what its model does."""
+        return 0.0
 
 
 def size(parameters: dict, known: dict) -> float:

@@ -1,5 +1,6 @@
 """Stage 01: token windows of a corpus."""
 
+from hfprune_nb.inputs import hub
 from hfprune_nb.runs.stages.base import Stage
 
 
@@ -10,3 +11,18 @@ class Calibration(Stage):
     notebook = "01_calibration.ipynb"
     axes = {"seeds": "seed"}
     files = ("model", "corpus")
+
+    def from_hub(self, parameters):
+        return [*super().from_hub(parameters), (parameters["corpus"], "dataset")]
+
+    def work(self, parameters, known, ancestor):
+        # The unit is a calibration on a small local corpus; beyond it, what tokenising a large one takes.
+        large = known["data_sets"].get(hub.repository(parameters["corpus"]), {})
+        documents = parameters["n_windows"] / large["share_of_long_documents"] if large else 0
+        return 1 + documents / known["documents_per_calibration"], 0
+
+    def memory(self, parameters):
+        return 20 * parameters["n_windows"] * parameters["seq_len"] / 1e9  # four bytes a token while gathered, then eight
+
+    def disk(self, parameters, size, known):
+        return super().disk(parameters, size, known) + 8 * parameters["n_windows"] * parameters["seq_len"] / 1e9

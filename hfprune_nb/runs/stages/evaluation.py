@@ -44,6 +44,15 @@ class Evaluation(Stage):
         files = [paths.data() / "tasks" / f"{task}.yaml" for task in parameters["tasks"]]
         return {name: path for file in files if file.is_file() for name, path in _task_files(file, file.stat().st_mtime_ns)}
 
+    def from_hub(self, parameters):
+        data = list(parameters["perplexity_corpora"])
+        if parameters["task_source"] == "hub":
+            from hfprune_nb.runs import forecast  # which imports the stages
+
+            tasks = forecast.rates()["tasks"]
+            data += [tasks[name]["dataset"] for name in parameters["tasks"] if "dataset" in tasks.get(name, {})]
+        return [*super().from_hub(parameters), *((name, "dataset") for name in data)]
+
     def work(self, parameters, known, ancestor):
         tokens = len(parameters["perplexity_corpora"]) * parameters["n_windows"] * parameters["seq_len"]
         for name in parameters["tasks"]:

@@ -18,6 +18,9 @@ class Experiments(Stage):
     def sources(self, parameters):
         return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
 
+    def from_hub(self, parameters):
+        return [*super().from_hub(parameters), *((corpus, "dataset") for corpus in parameters["corpora"])]
+
     def work(self, parameters, known, ancestor):
         scored = (len(parameters["corpora"]) + 2) * (1 + len(parameters["criteria"]))
         scored += 3 * len(parameters["student_ratios"])

@@ -28,6 +28,9 @@ class Recovery(Stage):
                 own = {"model": job.point["model"], "pruned": job.reference}
                 grid.add(self.name, job.point | {"recovery": "tuned"}, own | values)
 
+    def from_hub(self, parameters):
+        return [*super().from_hub(parameters), (parameters["data"], "dataset")]
+
     def work(self, parameters, known, ancestor):
         recipe, texts = known["recipes"][parameters["recipe"]], known["instructions"]
         records = parameters["n_records"] or texts["records"].get(parameters["data"], texts["records"]["default"])
