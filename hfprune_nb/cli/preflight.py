@@ -27,7 +27,7 @@ def _of_the_hub(jobs: list) -> Iterator[str]:
     # What data of a task is asked for, only the harness knows.
     named = {pair for job in jobs if job.stage != "evaluation" for pair in STAGES[job.stage].from_hub(job.parameters)}
     for name, kind in sorted(named):
-        if not name or not (repository := hub.repository(name)):
+        if not (repository := hub.repository(name)):
             continue
         try:
             if kind == "model":

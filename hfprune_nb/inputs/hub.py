@@ -33,7 +33,7 @@ REPOSITORIES = {"c4": "allenai/c4:en", "lamini": "MBZUAI/LaMini-instruction", "a
 
 def repository(name: str) -> str:
     """Return the hub repository that a model, corpus or data name leads to; empty for what is local or the kit's own."""
-    if any(place.exists() for place in (Path(name).expanduser(), paths.project() / name)):
+    if not name or any(place.exists() for place in (Path(name).expanduser(), paths.project() / name)):
         return ""
     found = REPOSITORIES.get(name, name).partition(":")[0]
     if found.endswith(".gguf"):

@@ -74,8 +74,8 @@ def download(jobs: list[Job]) -> float:
     """Return the GB that jobs read from the hub: every model and data set once, of large data sets so many files as they need."""
     known, models, files, whole = rates(), {}, {}, {}
     for job in jobs:
-        for name, kind in STAGES[job.stage].from_hub(job.parameters):
-            repository = hub.repository(name) if name else ""
+        for name, kind in STAGES[job.stage].from_hub(job.parameters) if "revisions" in job.parameters else ():
+            repository = hub.repository(name)
             facts = known["data_sets"].get(repository, {})
             if repository and kind == "model":
                 models[repository] = 2 * known["models"].get(repository, known["models"]["default"]) / 1e9

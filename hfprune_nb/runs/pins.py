@@ -21,7 +21,7 @@ def known(folder: Path) -> dict[str, str]:
 def repositories(stage: str, parameters: dict) -> dict[str, str]:
     """Return the hub repositories that a stage run reads: name -> model or dataset."""
     named = STAGES[stage].from_hub(parameters)
-    return {found: kind for name, kind in named if name and (found := hub.repository(name))}
+    return {found: kind for name, kind in named if (found := hub.repository(name))}
 
 
 def pinned(stage: str, parameters: dict, commits: dict[str, str], ask: bool = False) -> dict:

@@ -30,6 +30,9 @@ def studies(tmp_path_factory):
 
 @pytest.fixture
 def kit(hub, studies, environment):
+    for name in (*contents.GATED, *contents.OPEN):
+        hub.repository("model", name)
+
     def run(action, name, token=contents.MEMBER, status=0, **settings):
         command = [sys.executable, "-m", "hfprune_nb.cli", "study", action, str(studies / f"small-{name}.yaml")]
         extra = settings | ({"HF_TOKEN": token} if token else {})
