@@ -9,13 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hfprune_nb
-from hfprune_nb import files, models
+from hfprune_nb import criteria, files, models
 from hfprune_nb.cost import flops
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs.instructions import Record
 from hfprune_nb.measure import evaluation
-from hfprune_nb.method import compensation, export, pruning, recovery
+from hfprune_nb.method import compensation, export, pruning, recovery, scoring, selection
 from hfprune_nb.models.cpu_attention import fast_on_cpu
+from hfprune_nb.models.hooks import silenced
 
 KEPT = [range(3, 40), range(0, 40, 3), []]  # a layer may lose all neurons
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -117,6 +118,23 @@ def test_attention_and_cost_know_the_model(ragged, tmp_path):
     dense = models.load(models.TINY, "float32", "cpu")[0]
     saved = flops.forward_flops(dense.config, 24, 12) - flops.forward_flops(again.config, 24, 12)
     assert saved == 24 * 2 * 3 * 32 * (3 * 64 - sum(widths(again)))
+
+
+def test_a_ragged_model_is_scored_and_pruned_again(ragged):
+    """Every criterion gives each layer as many scores as it has neurons, none to the layer that has none."""
+    model, _ = ragged
+    windows = np.random.default_rng(0).integers(2, 300, (3, 16))
+    found = scoring.score(model, windows, criteria.names(), progress=False).importance
+    assert {name: [len(row) for row in rows] for name, rows in found.items()} == {name: [37, 14, 0] for name in found}
+    for name, rows in found.items():
+        plan = selection.allocate(model, neuron_ratio=0.3, importance=rows, criterion=name)
+        assert plan.width_before == [37, 14, 0] and plan.width_after == [26, 10, 0], "the same fraction of each"
+        kept = selection.kept_neurons(rows, plan.width_after)
+        with silenced(model, kept):
+            expected = logits(model)
+        narrow = pruning.narrow(copy.deepcopy(model), kept)
+        torch.testing.assert_close(logits(narrow), expected, rtol=1e-4, atol=1e-5)
+        assert widths(narrow) == plan.width_after and models.count_parameters(narrow) == plan.parameters
 
 
 @pytest.mark.parametrize("kind", ["least_squares", "least_squares_bias"])

@@ -113,7 +113,7 @@ class Ablator:
             for states in hidden.split(len(self.ids)):
                 kl = torch.cat([kl for kl, _, _ in _position_changes(self.dense, states, self.ids)])
                 rows.append(kl.view(self.ids.shape).mean(1))
-        return torch.stack(rows)
+        return torch.stack(rows) if rows else self.ids.new_zeros(0, len(self.ids), dtype=torch.float64)  # of an empty layer
 
 
 def first_order(model, windows: np.ndarray, progress: bool = True) -> dict[str, list[np.ndarray]]:

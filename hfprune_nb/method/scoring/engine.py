@@ -331,7 +331,7 @@ def _from_weights(mlps, criterion, seed):
 
 def _rank_last(sums, kept, first_stage):
     """Give neurons outside `kept` negative scores in the order of `first_stage`, below every neuron that was kept."""
-    lowest = max(row.max() for row in first_stage)
+    lowest = max(row.max() for row in first_stage if len(row))
     rows = [(first - lowest - 1).repeat(len(own), 1) for first, own in zip(first_stage, sums, strict=True)]
     for row, own, indices in zip(rows, sums, kept, strict=True):
         row[:, indices] = own[:, indices]
