@@ -9,10 +9,17 @@ from safetensors.numpy import save_file
 
 TASKS = {"arc_easy": "acc_norm", "boolq": "acc", "arc_challenge": "acc_norm", "winogrande": "acc"}
 THREE = ("one_hot_ce", "self_distillation", "entropy")
-DAMAGE = {"dense": 0.0, "entropy": 1.0, "one_hot_ce": 1.05, "self_distillation": 1.3, "magnitude": 3.0, "random": 2.6}
+FIVE = ("entropy", "one_hot_ce", "self_distillation", "magnitude", "random")
+VARIANT = {"self_distillation": {"alpha": 0.4}, "as": "variant"}
+DAMAGE = dict(zip(("dense", *FIVE, "variant"), (0.0, 1.0, 1.05, 1.3, 3.0, 2.6, 1.15), strict=True))
 TASK_FACTS = {"shots": 0, "version": 1.0, "source": "local"}
 PROMPTS = ("The capital of France is", "Water boils at a temperature of", "def add(a, b):\n    return a", "She paid $5 and $")
 WORDS = [" Paris", " a", "\n", " $x$", "的", " London", " the", "Лион", " very-long-token", " not", " B", "_e"]
+
+
+def spec(criterion):
+    """Return what a study writes for a criterion of these artifacts."""
+    return VARIANT if criterion == "variant" else criterion
 
 
 def evaluation(folder: Path, criterion="dense", ratio=0.0, seed=None, model="smollm2-135m", n_items=40, tasks=None, **changes):
@@ -25,6 +32,7 @@ def evaluation(folder: Path, criterion="dense", ratio=0.0, seed=None, model="smo
     summary = {
         "model": model,
         "criterion": criterion,
+        "criterion_spec": spec(criterion),
         "ratio": ratio,
         "achieved_ratio": ratio * 0.999,
         "neuron_ratio": ratio / 0.59,
@@ -79,7 +87,7 @@ def _next_tokens(own, damage):
     return pd.DataFrame(rows, columns=["prompt_id", "prompt", "source", "rank", "token", "probability"])
 
 
-def study(folder: Path, criteria=tuple(DAMAGE)[1:], ratios=(0.1, 0.2, 0.3), seeds=(0, 1, 2), dense=True, **options):
+def study(folder: Path, criteria=FIVE, ratios=(0.1, 0.2, 0.3), seeds=(0, 1, 2), dense=True, **options):
     """Write a whole study's evaluations, magnitude for the first seed only, and return their folders."""
     folders = [evaluation(folder / "dense", **options)] if dense else []
     for criterion in criteria:
@@ -99,6 +107,7 @@ def importance(seed, layers=12, width=96):
         for name, spread in noise.items()
     }
     scores["self_distillation"][:, :2] = -np.inf
+    scores["variant"] = scores["self_distillation"] ** 0.5 * scores["entropy"] ** 0.5
     return scores | {"magnitude": 1 + 0.1 * shared.random(base.shape), "random": own.random(base.shape)}
 
 
@@ -107,16 +116,19 @@ def by_key(layers):
     return {f"{name}/{layer}": row for name, rows in layers.items() for layer, row in enumerate(rows)}
 
 
-def scoring(folder: Path, seed=0, model="smollm2-135m", criteria=None):
+def scoring(folder: Path, seed=0, model="smollm2-135m", criteria=FIVE):
     """Write one scoring artifact and return its folder."""
     folder.mkdir(parents=True)
-    scores = {name: values for name, values in importance(seed).items() if criteria is None or name in criteria}
+    scores = {name: values for name, values in importance(seed).items() if name in criteria}
     save_file(by_key(scores), folder / "scores.safetensors")
-    facts = {"model": model, "criteria": list(scores), "seed": seed, "layers": 12, "intermediate_size": 96}
+    facts = {"model": model, "criteria": [spec(name) for name in scores], "seed": seed, "layers": 12, "intermediate_size": 96}
     (folder / "scores.json").write_text(json.dumps(facts))
     noise = np.random.default_rng([seed, 1]).normal(size=(12, 96))
     snapshots = {
-        f"{name}/{n}": scores[name] * np.exp(noise * (n < 8) / n) for name in scores if name in THREE for n in (1, 2, 4, 8)
+        f"{name}/{n}": scores[name] * np.exp(noise * (n < 8) / n)
+        for name in scores
+        if name not in ("magnitude", "random")
+        for n in (1, 2, 4, 8)
     }
     save_file(by_key(snapshots), folder / "snapshots.safetensors")
     return folder
@@ -181,6 +193,7 @@ def pruning(folder: Path, criterion, ratio, seed, model="smollm2-135m"):
     facts = {
         "model": model,
         "criterion": criterion,
+        "criterion_spec": spec(criterion),
         "ratio": ratio,
         "achieved_ratio": ratio,
         "seed": seed,

@@ -17,7 +17,7 @@ from hfprune_nb.cost.generation import CACHES, _rates, _token_times, compare, su
 from hfprune_nb.cost.precision import PAPER_WINDOWS, rank_correlation, study
 from hfprune_nb.errors import UserError
 from hfprune_nb.models import final_hidden, gated_mlps
-from hfprune_nb.report import cost, figures
+from hfprune_nb.report import costs, style
 from hfprune_nb.runs import stage
 
 # The clock and memory
@@ -286,7 +286,7 @@ def generation():
 
 
 def test_published_values_stand_beside_the_loops_that_they_are_of(summary):
-    table = cost.scoring_table(summary, FACTS)
+    table = costs.scoring_table(summary, FACTS)
     rows = table.display.set_index("Scored by")
     paper = [column for column in rows if "paper" in column]
     assert list(rows.loc["HFPrune loop", paper]) == ["508.9", "35.3"]
@@ -298,13 +298,13 @@ def test_published_values_stand_beside_the_loops_that_they_are_of(summary):
 
 
 def test_the_ablation_starts_at_the_loop_and_ends_at_the_engine(summary):
-    table = cost.ablation_table(summary, FACTS).display
+    table = costs.ablation_table(summary, FACTS).display
     assert list(table["HFPrune loop"]) == ["as published", "no weight gradients", "logits in chunks", "(the engine)"]
     assert list(table["Speed against the loop"]) == ["1.00x", "1.43x", "1.67x", "2.50x"]
 
 
 def test_generation_stands_beside_the_paper_at_its_batch_sizes_only(generation):
-    table = cost.inference_table(generation, FACTS)
+    table = costs.inference_table(generation, FACTS)
     rows = table.display.set_index(["Batch", "Model"])
     first, decoding = (column for column in rows if "paper" in column)
     assert rows.loc[(1, "dense"), first] == "57.5" and rows.loc[(8, "20 %"), decoding] == "553.9"
@@ -319,10 +319,10 @@ def test_a_missed_target_is_said_with_its_figure(summary):
         [{"target": "speed", "bound": ">=", "limit": 2.0, "median": 1.5, "low": 1.4, "high": 1.6, "met": False},
          {"target": "share", "bound": ">=", "limit": None, "median": 0.3, "met": None},
          {"target": "a correlation", "bound": ">=", "limit": 0.999, "median": 0.9995, "met": True}])  # fmt: skip
-    table = cost.targets_table(targets, FACTS).display
+    table = costs.targets_table(targets, FACTS).display
     assert list(table["Verdict"]) == ["missed", "reported", "met"] and list(table["Wanted"]) == [">= 2", "–", ">= 0.999"]
     assert list(table["Measured"]) == ["1.50 [1.40, 1.60]", "0.30", "0.9995"]
-    sentences = cost.findings(targets, cost.ablation_table(summary, FACTS))
+    sentences = costs.findings(targets, costs.ablation_table(summary, FACTS))
     assert "speed: 1.50, wanted >= 2: missed by 0.5." in sentences
     assert any("'no weight gradients' saves most time: 1.50 s, 30 %" in sentence for sentence in sentences)
 
@@ -330,25 +330,25 @@ def test_a_missed_target_is_said_with_its_figure(summary):
 def test_the_sentence_on_sums_says_what_was_resampled():
     rows = pd.DataFrame({"stream": [0, 1, 0, 1], "windows": [16, 16, 43128, 43128], "layer": 0,
                          "changed": [0.0, 0.002, 0.02, 0.03], "spearman": 0.99, "sum_fraction": [1, 1, 0.04, 0.06]})  # fmt: skip
-    sentence = cost.accumulation_sentence(rows, FACTS)
+    sentence = costs.accumulation_sentence(rows, FACTS)
     assert (
         "over 43,128 windows, 2.5 %" in sentence and "(0.10 % over 16 windows)" in sentence and "5.0 % of their true" in sentence
     )
     assert "resampled with replacement from 64 windows of 128 tokens" in sentence
-    cost.accumulation_figure(rows, FACTS)
+    costs.accumulation_figure(rows, FACTS)
 
 
 def test_figures_are_drawn_and_reproducible(summary, generation, tmp_path):
     matplotlib.use("Agg")
     precision = pd.DataFrame({"criterion": ["entropy", "entropy"], "layer": [0, 1], "spearman": [0.9999, 1.0]})
     for name, draw in {
-        "bars": lambda: cost.cost_bars(summary, FACTS),
-        "generation": lambda: cost.speed_against_ratio(generation, FACTS),
-        "precision": lambda: cost.correlation_figure(precision, FACTS),
+        "bars": lambda: costs.cost_bars(summary, FACTS),
+        "generation": lambda: costs.speed_against_ratio(generation, FACTS),
+        "precision": lambda: costs.correlation_figure(precision, FACTS),
     }.items():
-        written = [figures.save(draw(), tmp_path / folder, name)[0].read_bytes() for folder in ("once", "again")]
+        written = [style.save(draw(), tmp_path / folder, name)[0].read_bytes() for folder in ("once", "again")]
         assert written[0] == written[1]
-    assert list(cost.correlation_table(precision, FACTS).display["Lowest layer"]) == ["0.99990"]
+    assert list(costs.correlation_table(precision, FACTS).display["Lowest layer"]) == ["0.99990"]
 
 
 # The command and the stage

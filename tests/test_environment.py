@@ -190,7 +190,7 @@ def test_the_report_needs_no_torch():
     for file in sorted((PACKAGE / "report").rglob("*.py")):
         roots = {name.split(".")[0] for name in imported(file)}
         assert not roots & {"torch", "transformers", "lm_eval"}, file.name
-    code = "import sys; from hfprune_nb.report import figures, measurements, neurons, tables; print('torch' in sys.modules)"
+    code = "import sys; from hfprune_nb.report import criterion, neurons, tuning; print('torch' in sys.modules)"
     assert python(code)[0] == "False"
 
 

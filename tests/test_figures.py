@@ -1,5 +1,6 @@
 """Figures and the figures notebook on synthetic artifacts: what is drawn, reproducible files, studies with gaps."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +16,11 @@ from scipy import stats
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.report import figures, measurements, neurons, tables
+from hfprune_nb.report import neurons, next_tokens, style
+from hfprune_nb.report.criterion import against_ratio, criterion_table
+from hfprune_nb.report.paired import PAIRED, forest, paired_table
+from hfprune_nb.report.results import collect, first_seeds, kept, scores
+from hfprune_nb.report.table import Table
 from hfprune_nb.runs import artifacts, stage
 
 matplotlib.use("Agg")
@@ -29,12 +34,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return measurements.collect(synthetic.study(folder / "evaluation", ratios=(0.1, 0.2), n_items=20))
+    return collect(synthetic.study(folder / "evaluation", ratios=(0.1, 0.2), n_items=20))
 
 
 @pytest.fixture(scope="module")
 def criterion(results):
-    return tables.criterion_table(results).long
+    return criterion_table(results)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +58,81 @@ def texts(figure):
     return " | ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
 
 
-def test_colours_are_distinct_and_cover_every_criterion():
-    assert set(figures.COLOURS) == set(measurements.ORDER) and len(set(figures.COLOURS.values())) == 6
-    assert set(figures.MARKERS) == set(figures.DASHES) == set(measurements.ORDER) - {"dense"}
-    assert len(set(figures.MARKERS.values())) == len({str(dash) for dash in figures.DASHES.values()}) == 5
+# How the world looks in linear sRGB without cones for green or for red (Machado, Oliveira and Fernandes 2009, severity 1).
+VISIONS = {
+    "full": np.eye(3),
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+}
+CONES = [
+    [0.4122214708, 0.5363325363, 0.0514459929],
+    [0.2119034982, 0.6806995451, 0.1073969566],
+    [0.0883024619, 0.2817188376, 0.6299787005],
+]
+OKLAB = [
+    [0.2104542553, 0.793617785, -0.0040720468],
+    [1.9779984951, -2.428592205, 0.4505937099],
+    [0.0259040371, 0.7827717662, -0.808675766],
+]
+
+
+def distances(colours):
+    """Return how far colours are apart in Oklab (Ottosson 2020) for the eyes that tell them apart worst, (colours, colours)."""
+    rgb = np.array([matplotlib.colors.to_rgb(colour) for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = [
+        np.cbrt((linear @ np.transpose(vision)).clip(0, 1) @ np.transpose(CONES)) @ np.transpose(OKLAB)
+        for vision in VISIONS.values()
+    ]
+    return np.min([np.linalg.norm(lab[:, None] - lab[None], axis=-1) for lab in seen], axis=0)
+
+
+@pytest.mark.parametrize("look, length", [(style.look, 19), (style.pair_look, 18)])
+def test_no_two_criteria_of_one_figure_look_alike(look, length):
+    """Every one has its own marker; where some eyes confuse the colours, the dashes differ."""
+    looks = [look(index) for index in range(length)]
+    assert len({str(own["marker"]) for own in looks}) == length >= 16
+    apart = distances([own["color"] for own in looks])
+    close = [pair for pair in itertools.combinations(range(length), 2) if apart[pair] < 0.07]
+    assert all(looks[a]["linestyle"] != looks[b]["linestyle"] for a, b in close) and close, "otherwise nothing was tested"
+    assert (distances(["#FFFFFF", *dict.fromkeys(own["color"] for own in looks)])[0, 1:] > 0.15).all(), "invisible on white"
+
+
+def test_the_papers_three_keep_their_looks_and_every_variant_gets_its_own():
+    alone, specs = style.Legend(synthetic.THREE), [*synthetic.THREE, "magnitude", "random"]
+    variants = [{"self_distillation": {"alpha": alpha}, "as": f"sd_{alpha}"} for alpha in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    global_ = [(name, "global") for name in synthetic.THREE]
+    crowded = style.Legend([*specs, *variants, *global_])
+    assert all(alone.look(name) == crowded.look(name) for name in synthetic.THREE)
+    names = crowded.in_order(
+        [*specs, *(f"sd_{alpha}" for alpha in (0.1, 0.2, 0.3, 0.4, 0.5)), *(f"{n}@global" for n in synthetic.THREE)]
+    )
+    assert len({str(crowded.look(name)) for name in names}) == len(names) == 13
+    assert names[0] == "one_hot_ce" and names[-2:] == ["magnitude", "random"]
+    assert crowded.label("sd_0.4") == "Self-distillation (alpha 0.4)" and crowded.label("entropy@global").startswith(
+        "Entropy (HFPrune), "
+    )
+
+
+def test_every_criterion_is_held_against_entropy_and_no_baseline_is():
+    legend = style.Legend(
+        [*synthetic.THREE, "random", {"entropy": {"aggregation": "weight"}, "as": "entropy_w"}, ("entropy", "global")]
+    )
+    names = [*synthetic.THREE, "random", "dense", "entropy_w", "entropy@global"]
+    assert set(legend.pairs(names)) == {
+        ("one_hot_ce", "self_distillation"),
+        ("one_hot_ce", "entropy"),
+        ("self_distillation", "entropy"),
+        ("entropy", "entropy_w"),
+        ("entropy", "entropy@global"),
+    }
+    assert legend.pairs(["magnitude", "self_distillation", "one_hot_ce"]) == [("one_hot_ce", "self_distillation")]
+    assert legend.pairs([]) == []
 
 
 def test_forest_draws_every_pair_and_marks_what_is_certain(results):
-    paired = tables.paired_table(results).long
-    figure = figures.forest(paired, MODEL)
+    table = paired_table(results)
+    paired, figure = table.long, forest(table, MODEL)
     words = texts(figure)
     assert "Entropy (HFPrune) − One-hot CE" in words and "log-perplexity c4\nnats per token" in words
     drawn = [ax for ax in figure.axes if ax.containers]
@@ -71,7 +142,7 @@ def test_forest_draws_every_pair_and_marks_what_is_certain(results):
 
 
 def test_heat_map_has_a_panel_per_criterion(scorings):
-    words = texts(figures.importance_heatmap(scorings[0]))
+    words = texts(neurons.importance_heatmap(scorings[0]))
     for name in ("One-hot CE", "Self-distillation", "Entropy (HFPrune)", "Magnitude", "Random", "seed 2"):
         assert name in words
 
@@ -91,7 +162,7 @@ def test_rank_agreement_is_spearmans(scorings):
     importance = synthetic.importance(1)
     row = frame.query("seed == 1 and layer == 3 and a == 'one_hot_ce' and b == 'entropy'").iloc[0]
     assert row["spearman"] == pytest.approx(stats.spearmanr(importance["one_hot_ce"][3], importance["entropy"][3])[0])
-    words = texts(figures.rank_agreement(frame, MODEL))
+    words = texts(neurons.rank_agreement_figure(frame, MODEL, style.Legend()))
     assert "mean and range of 3 seeds" in words and "Magnitude" not in words
 
 
@@ -103,7 +174,7 @@ def test_chance_overlap_is_that_of_random_sets():
 
 
 def test_kept_overlap_has_both_references(prunings):
-    frame = neurons.kept_overlap(prunings, measurements.CRITERIA)
+    frame = neurons.kept_overlap(neurons.kept_pairs(prunings, style.Legend()))
     at = frame[(frame["ratio"] == 0.2) & (frame["layer"] == 0)].set_index("comparison")
     assert set(at.index) == {
         "One-hot CE / Self-distillation",
@@ -116,20 +187,20 @@ def test_kept_overlap_has_both_references(prunings):
     }
     assert (at["n_pairs"].drop(neurons.CHANCE) == 3).all()
     assert at.loc["Entropy (HFPrune), two seeds", "jaccard"] > at.loc[neurons.CHANCE, "jaccard"]
-    assert "expected by chance" in texts(figures.kept_overlap(frame, MODEL))
+    assert "expected by chance" in texts(neurons.kept_overlap_figure(frame, MODEL))
 
 
 def test_next_tokens_show_what_can_be_printed(results):
-    words = texts(figures.next_tokens(results, MODEL, 0.2))
+    words = texts(next_tokens.next_tokens(results, MODEL, 0.2))
     assert "␣Paris" in words and "↵" in words and "U+7684" in words and "␣$x$" in words and "of 10 shared" in words
 
 
 def test_tokens_are_shortened_and_never_empty():
-    assert figures.shown("") == "(empty)" and len(figures.shown("x" * 50)) == 12
+    assert next_tokens.shown("") == "(empty)" and len(next_tokens.shown("x" * 50)) == 12
 
 
 def test_curves_have_a_log_axis_for_perplexity_and_the_dense_line(criterion):
-    figure = figures.against_ratio(criterion, MODEL)
+    figure = against_ratio(criterion, MODEL)
     scales = {ax.get_title(): ax.get_yscale() for ax in figure.axes if ax.get_title()}
     assert scales["perplexity, c4"] == "log" and scales["average of tasks"] == "linear"
     assert "Dense" in texts(figure) and "lower is better" in texts(figure)
@@ -137,7 +208,7 @@ def test_curves_have_a_log_axis_for_perplexity_and_the_dense_line(criterion):
 
 def test_equal_figures_give_equal_files(criterion, tmp_path):
     for name in ("one", "two"):
-        written = figures.save(figures.against_ratio(criterion, MODEL), tmp_path / name, "curves", criterion)
+        written = style.save(against_ratio(criterion, MODEL), tmp_path / name, "curves", criterion.long)
     assert [path.name for path in written] == ["curves.png", "curves.svg", "curves.csv"]
     for path in written:
         assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
@@ -145,59 +216,61 @@ def test_equal_figures_give_equal_files(criterion, tmp_path):
 
 
 def test_names_of_figures_are_plain_files(tmp_path):
-    drawn = figures.per_model("forest", ["org/one", "two"], lambda model: figures.forest(_no_pairs(), model))
+    drawn = style.per_model("forest", ["org/one", "two"], lambda model: forest(_no_pairs(), model))
     assert list(drawn) == ["forest-org-one", "forest-two"]
-    assert "computed nothing" in texts(figures.per_model("forest", [], None)["forest"])
+    assert "computed nothing" in texts(style.per_model("forest", [], None)["forest"])
     with pytest.raises(UserError, match="plain file name"):
-        figures.save(drawn["forest-two"], tmp_path, "a/b")
+        style.save(drawn["forest-two"], tmp_path, "a/b")
 
 
 def _no_pairs():
-    return pd.DataFrame(columns=[*tables.PAIRED, "p_holm", "verdict"])
+    return Table("paired", "", pd.DataFrame(columns=[*PAIRED, "p_holm", "verdict"]), pd.DataFrame(), ())
 
 
 def test_figures_of_nothing_say_what_is_missing(tmp_path, results):
     alone = synthetic.scoring(tmp_path / "s", criteria=["entropy"])
     empty = [
-        figures.forest(_no_pairs(), MODEL),
-        figures.rank_agreement(neurons.rank_agreement([]), MODEL),
-        figures.rank_agreement(neurons.rank_agreement([alone]), MODEL),
-        figures.kept_overlap(neurons.kept_overlap([], measurements.CRITERIA), MODEL),
-        figures.next_tokens(results, MODEL, 0.77),
-        figures.against_ratio(pd.DataFrame(columns=["model", "mean", "measure", "criterion", "column"]), MODEL),
+        forest(_no_pairs(), MODEL),
+        neurons.rank_agreement_figure(neurons.rank_agreement([]), MODEL, style.Legend()),
+        neurons.rank_agreement_figure(neurons.rank_agreement([alone]), MODEL, style.Legend()),
+        neurons.kept_overlap_figure(neurons.kept_overlap(neurons.kept_pairs([], style.Legend())), MODEL),
+        next_tokens.next_tokens(results, MODEL, 0.77),
+        against_ratio(
+            Table("none", "", pd.DataFrame(columns=["model", "mean", "measure", "criterion", "column"]), None, ()), MODEL
+        ),
     ]
     assert all("to draw" in texts(figure) or "to compare" in texts(figure) for figure in empty)
 
 
 def test_one_criterion_one_ratio_one_seed(tmp_path):
-    results = measurements.collect(synthetic.study(tmp_path / "e", ("entropy",), (0.2,), seeds=(0,)))
-    long = tables.criterion_table(results).long
+    results = collect(synthetic.study(tmp_path / "e", ("entropy",), (0.2,), seeds=(0,)))
+    table = criterion_table(results)
     scoring = synthetic.scoring(tmp_path / "s", criteria=["entropy"])
     for figure in (
-        figures.against_ratio(long, MODEL),
-        figures.importance_heatmap(scoring),
-        figures.next_tokens(results, MODEL, 0.2),
+        against_ratio(table, MODEL),
+        neurons.importance_heatmap(scoring),
+        next_tokens.next_tokens(results, MODEL, 0.2),
     ):
         assert "Entropy (HFPrune)" in texts(figure)
-    assert neurons.first_seeds([scoring]) == {MODEL: scoring}
+    assert first_seeds([scoring]) == {MODEL: scoring}
 
 
 def test_flat_importance_still_has_a_colour_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "importance", lambda seed: {"magnitude": np.ones((12, 96))})
-    assert "Magnitude" in texts(figures.importance_heatmap(synthetic.scoring(tmp_path / "flat")))
+    assert "Magnitude" in texts(neurons.importance_heatmap(synthetic.scoring(tmp_path / "flat")))
 
 
-def test_damaged_or_missing_artifacts_are_refused(tmp_path):
+def test_corrupt_or_missing_artifacts_are_refused(tmp_path):
     folder = synthetic.scoring(tmp_path / "s")
     (folder / "scores.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="damaged"):
-        neurons.scores(folder)
+    with pytest.raises(UserError, match="corrupt"):
+        scores(folder)
     with pytest.raises(UserError, match="missing"):
-        neurons.kept(tmp_path)
+        kept(tmp_path)
 
 
 def test_the_report_never_imports_torch():
-    code = "import sys; from hfprune_nb.report import figures, neurons, tables; sys.exit('torch' in sys.modules)"
+    code = "import sys; from hfprune_nb.report import criterion, neurons, paired; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=paths.project()).returncode == 0
 
 

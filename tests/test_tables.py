@@ -9,22 +9,28 @@ import pytest
 import synthetic
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.report import measurements, published, tables
+from hfprune_nb.report import beside_paper, protocol
+from hfprune_nb.report.criterion import carried_by_one_task, criterion_table, findings, overview_table
+from hfprune_nb.report.paired import paired_table, with_detectable
+from hfprune_nb.report.paper import INCONSISTENT, read
+from hfprune_nb.report.results import collect
+from hfprune_nb.report.style import Legend
+from hfprune_nb.report.table import ABSENT, Table, format_cell
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return measurements.collect(synthetic.study(tmp_path_factory.mktemp("study"), n_items=30))
+    return collect(synthetic.study(tmp_path_factory.mktemp("study"), n_items=30))
 
 
 @pytest.fixture(scope="module")
 def criterion(results):
-    return tables.criterion_table(results)
+    return criterion_table(results)
 
 
 @pytest.fixture(scope="module")
 def paired(results):
-    return tables.paired_table(results)
+    return paired_table(results)
 
 
 def cell(table, column, criterion="entropy", ratio=0.2):
@@ -46,7 +52,9 @@ def test_means_are_those_of_the_items(results, criterion):
 
 
 def test_rows_stand_in_the_order_of_the_paper(criterion):
-    assert list(criterion.display["Criterion"][:6]) == [tables.label(name) for name in measurements.ORDER]
+    assert list(criterion.display["Criterion"][:6]) == list(
+        map(Legend().label, ("dense", *synthetic.THREE, "magnitude", "random"))
+    )
     assert list(criterion.display["Ratio"].unique()) == ["0 %", "10 %", "20 %", "30 %"]
 
 
@@ -58,11 +66,11 @@ def test_seeds_are_counted_and_one_seed_is_told(criterion):
 
 def test_dense_has_no_fidelity_and_shows_a_dash(criterion):
     assert np.isnan(cell(criterion, "js:c4", "dense", 0)["mean"])
-    assert criterion.display.loc[0, "JS distance c4"] == tables.ABSENT
+    assert criterion.display.loc[0, "JS distance c4"] == ABSENT
 
 
 def test_published_values_stand_beside_ours_and_never_inside(criterion):
-    ablation, fidelity = tables.ablation_table(criterion), tables.fidelity_table(criterion)
+    ablation, fidelity = beside_paper.ablation_table(criterion), beside_paper.fidelity_table(criterion)
     paper = ablation.long[ablation.long["source"] == "paper"].set_index(["criterion", "ratio", "column"])["mean"]
     assert paper["entropy", 0.2, "average"] == 53.1 and paper["one_hot_ce", 0.3, "average"] == 46.8
     assert paper["dense", 0.0, "average"] == 58.3 and paper["self_distillation", 0.2, "average"] == 51.9
@@ -73,7 +81,7 @@ def test_published_values_stand_beside_ours_and_never_inside(criterion):
         assert all("paper" in name or "measured" in name for name in table.display.columns[3:])
     row = fidelity.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
     assert row["JS distance, paper: LLaMA-2-7B"] == "0.243"
-    assert row["Top-15 Jaccard, paper: LLaMA-2-7B"] == f"0.439 {tables.INCONSISTENT}"
+    assert row["Top-15 Jaccard, paper: LLaMA-2-7B"] == f"0.439 {INCONSISTENT}"
     assert "should fall" in row["Remark on the paper's value"]
     assert set(criterion.long["source"]) == {"measured"}
 
@@ -100,24 +108,24 @@ def test_verdicts_follow_the_interval_and_the_direction(paired):
         if not crosses:
             lower_is_better = row["measure"] != "average"
             better = row["a"] if (row["mean"] < 0) == lower_is_better else row["b"]
-            assert row["verdict"].startswith(tables.label(better))
+            assert row["verdict"].startswith(Legend().label(better))
 
 
 def test_the_overview_marks_what_is_decided_against_entropy_and_nothing_else(criterion, paired):
-    overview = tables.overview_table(criterion, paired)
+    overview = overview_table(criterion, paired)
     assert set(overview.long["column"]) == {"average", "perplexity:c4", "js:c4"}
     rows = paired.long[paired.long["column"].isin(overview.long["column"]) & (paired.long["a"] == "entropy")]
     decided = {(row["ratio"], row["column"]): row["verdict"] for row in rows[rows["b"] == "one_hot_ce"].to_dict("records")}
-    expected = {"One-hot CE better": "better", f"{tables.label('entropy')} better": "worse"}
+    expected = {"One-hot CE better": "better", f"{Legend().label('entropy')} better": "worse"}
     cells = overview.long[overview.long["criterion"] == "one_hot_ce"].to_dict("records")
-    assert {(cell["ratio"], cell["column"]): cell["against_entropy"] for cell in cells} == {
+    assert {(cell["ratio"], cell["column"]): cell["against_reference"] for cell in cells} == {
         place: expected.get(verdict, "") for place, verdict in decided.items()
     }
-    assert set(overview.long.loc[~overview.long["criterion"].isin(measurements.CRITERIA), "against_entropy"]) == {""}
+    assert set(overview.long.loc[~overview.long["criterion"].isin(synthetic.THREE), "against_reference"]) == {""}
     undecided = paired.long.assign(verdict="interval crosses zero")
-    plain = tables.overview_table(criterion, tables.Table("paired", "", undecided, paired.display, ()))
-    lost = paired.long.assign(verdict=f"{tables.label('entropy')} better")
-    marked = tables.overview_table(criterion, tables.Table("paired", "", lost, paired.display, ()))
+    plain = overview_table(criterion, Table("paired", "", undecided, paired.display, ()))
+    lost = paired.long.assign(verdict=f"{Legend().label('entropy')} better")
+    marked = overview_table(criterion, Table("paired", "", lost, paired.display, ()))
     row = marked.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
     assert row["perplexity c4"].endswith("] ▼") and row.str.count("▼").sum() == 3
     without = plain.display.set_index(["Ratio", "Criterion"]).loc["20 %", "One-hot CE"]
@@ -132,7 +140,7 @@ def test_difference_of_log_perplexity_is_that_of_the_cells(criterion, paired):
 
 
 def test_protocol_names_what_a_reader_must_know(results):
-    note = measurements.protocol_note(results)
+    note = protocol.protocol_note(results)
     for fact in (
         "smollm2-135m",
         "bfloat16",
@@ -156,31 +164,31 @@ def test_detectable_differences_are_those_of_the_standard_error(paired):
     assert row["detectable_holm"] / 1.5 > row["detectable"] > 2.8016 * row["standard_error"] > 0
     assert paired.long["seed_share"].between(0, 1).all()
     assert f"{row['detectable']:.1f} / {row['detectable_holm']:.1f}" in list(paired.display["Detectable"])
-    sentences = [s for s in tables.findings(tables.Table("c", "", paired.long.iloc[:0], None, ()), paired) if "80 %" in s]
+    sentences = [s for s in findings(Table("c", "", paired.long.iloc[:0], None, ()), paired) if "80 %" in s]
     assert not sentences, "a model without cells has no sentence"
 
 
 def test_every_table_says_what_it_could_not_have_found(criterion, paired):
-    noted = tables.with_detectable(criterion, paired)
+    noted = with_detectable(criterion, paired)
     largest = paired.long.loc[paired.long["column"] == "average", "detectable"].max()
-    for table in (noted, tables.ablation_table(noted), tables.fidelity_table(noted)):
+    for table in (noted, beside_paper.ablation_table(noted), beside_paper.fidelity_table(noted)):
         assert f"average of tasks, points: {largest:.1f}" in table.markdown()
-    nothing = tables.Table("paired", "", paired.long.iloc[:0], paired.display, ())
-    assert tables.with_detectable(criterion, nothing) is criterion
+    nothing = Table("paired", "", paired.long.iloc[:0], paired.display, ())
+    assert with_detectable(criterion, nothing) is criterion
 
 
 def test_findings_say_what_could_have_been_found(criterion, paired):
-    (points,) = [s for s in tables.findings(criterion, paired) if "points or more between two criteria" in s]
+    (points,) = [s for s in findings(criterion, paired) if "points or more between two criteria" in s]
     rows = paired.long[paired.long["column"] == "average"]
     assert f"{rows['detectable'].max():.1f} points or more" in points and "with 80 % chance" in points
     found = rows["verdict"].str.endswith(" better").sum()
     assert f"{found} of 9 comparisons found one" in points
-    (nats,) = [s for s in tables.findings(criterion, paired) if "nats per token or more" in s]
+    (nats,) = [s for s in findings(criterion, paired) if "nats per token or more" in s]
     assert "log-perplexity c4" in nats
 
 
 def test_protocol_is_written_for_machines(results, tmp_path):
-    facts = json.loads(measurements.write_protocol(results, tmp_path).read_text())
+    facts = json.loads(protocol.write_protocol(results, tmp_path).read_text())
     assert facts["settings"]["lm_eval"] == ["0.4.12"] and facts["calibration_seeds"] == [0, 1, 2]
     assert {task["task"]: task["metric"] for task in facts["tasks"]} == synthetic.TASKS
     assert facts["held_out_windows"]["perplexity"] == {"c4": 30, "wikitext": 30}
@@ -193,7 +201,7 @@ def test_the_card_of_an_artifact_tells_versions_machine_and_commit(tmp_path):
     card |= {"git": {"commit": "0123456789abcdef", "dirty": True}}
     for facts, hardware in (({}, "2 processors (Linux)"), ({"hardware": "Abacus 1, 2 cores"}, "Abacus 1, 2 cores")):
         (folder / "card.json").write_text(json.dumps(card | {"facts": facts}))
-        note = measurements.protocol_note(measurements.collect([folder]))
+        note = protocol.protocol_note(collect([folder]))
         for fact in ("torch 2.13.0", f"hardware {hardware}, of which 1 used", "commit 0123456789ab with changes"):
             assert fact in note
 
@@ -201,18 +209,18 @@ def test_the_card_of_an_artifact_tells_versions_machine_and_commit(tmp_path):
 def test_tuned_models_and_skipped_tasks_are_told_and_not_mixed_in(tmp_path):
     dense = synthetic.evaluation(tmp_path / "dense", skipped={"race": "race has no offline data and was skipped."})
     tuned = synthetic.evaluation(tmp_path / "tuned", tuned=True)
-    repaired = synthetic.evaluation(tmp_path / "repaired", compensation="bias")
-    results = measurements.collect([tuned, dense, repaired])
+    compensated = synthetic.evaluation(tmp_path / "compensated", compensation="bias")
+    results = collect([tuned, dense, compensated])
     assert len(results.models) == 1
-    note = measurements.protocol_note(results)
-    assert "race has no offline data" in note and "2 evaluations of tuned or repaired models are not shown" in note
-    with pytest.raises(UserError, match="tuned or repaired models only"):
-        measurements.collect([tuned])
+    note = protocol.protocol_note(results)
+    assert "race has no offline data" in note and "2 evaluations of tuned or compensated models are not shown" in note
+    with pytest.raises(UserError, match="tuned or compensated models only"):
+        collect([tuned])
 
 
 def test_written_files_are_complete_and_reproducible(criterion, paired, tmp_path):
     for folder in ("one", "two"):
-        for table in (criterion, paired, tables.ablation_table(criterion), tables.fidelity_table(criterion)):
+        for table in (criterion, paired, beside_paper.ablation_table(criterion), beside_paper.fidelity_table(criterion)):
             table.write(tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(
@@ -233,31 +241,31 @@ def test_a_task_that_carries_an_average_is_named():
         for name, values in scores.items()
         for task, value in zip(("boolq", "piqa", "race"), values, strict=True)
     )
-    mean = (-60 - 1) / 3
+    table, mean = Table("criterion", "", cells, cells, ()), (-60 - 1) / 3
     row = {"model": "m", "ratio": 0.1, "column": "average", "measure": "average", "a": "entropy", "b": "one_hot_ce", "mean": mean}
     row["verdict"] = "One-hot CE better"
-    decided = tables.carried_by_one_task(cells, pd.DataFrame([row]))
+    decided = carried_by_one_task(table, pd.DataFrame([row]))
     assert decided == [
         "m at 10 %: of the -20.3 points between the averages of Entropy (HFPrune) and One-hot CE, boolq alone makes -20.0."
     ]
-    assert tables.carried_by_one_task(cells, pd.DataFrame([row | {"verdict": "One-hot CE better, not after Holm"}])) == []
+    assert carried_by_one_task(table, pd.DataFrame([row | {"verdict": "One-hot CE better, not after Holm"}])) == []
     even = cells.assign(mean=cells["criterion"].map({"entropy": 40.0, "one_hot_ce": 60.0}))
-    assert tables.carried_by_one_task(even, pd.DataFrame([row | {"mean": -20.0}])) == []
+    assert carried_by_one_task(Table("criterion", "", even, even, ()), pd.DataFrame([row | {"mean": -20.0}])) == []
 
 
 def test_findings_repeat_the_tables_and_claim_no_more(criterion, paired):
-    sentences = tables.findings(criterion, paired)
-    assert any(tables.format_cell(cell(criterion, "average")) in sentence for sentence in sentences)
+    sentences = findings(criterion, paired)
+    assert any(format_cell(cell(criterion, "average")) in sentence for sentence in sentences)
     assert any("prints +0.5 points for Entropy (HFPrune) minus One-hot CE at 20 %" in s for s in sentences)
     undecided = paired.long.assign(verdict="interval crosses zero")
-    claims = tables.findings(criterion, tables.Table("paired", "", undecided, paired.display, ()))
+    claims = findings(criterion, Table("paired", "", undecided, paired.display, ()))
     assert not any(" better" in sentence for sentence in claims)
 
 
 def test_crows_pairs_is_no_accuracy_and_gets_a_second_average(tmp_path):
     tasks = {"boolq": "acc", "crows_pairs_english": "pct_stereotype"}
     folders = synthetic.study(tmp_path, ("entropy",), (0.2,), tasks=tasks)
-    table = tables.criterion_table(measurements.collect(folders))
+    table = criterion_table(collect(folders))
     assert cell(table, "average_without_crows")["mean"] == pytest.approx(cell(table, "boolq")["mean"])
     assert cell(table, "average")["mean"] != cell(table, "average_without_crows")["mean"]
 
@@ -266,8 +274,8 @@ def test_only_tasks_of_every_model_enter_the_average(tmp_path):
     folders = synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,))
     items = pd.read_parquet(folders[1] / "items.parquet")
     items[items["task"] != "boolq"].to_parquet(folders[1] / "items.parquet")
-    table = tables.criterion_table(measurements.collect(folders))
-    assert "average of 3 tasks, %" in table.display and table.display.loc[1, "boolq acc, %"] == tables.ABSENT
+    table = criterion_table(collect(folders))
+    assert "average of 3 tasks, %" in table.display and table.display.loc[1, "boolq acc, %"] == ABSENT
 
 
 @pytest.mark.parametrize("removed", ["items", "perplexity", "fidelity", "next_tokens"])
@@ -275,97 +283,117 @@ def test_a_study_without_one_kind_of_measurement_says_so(tmp_path, removed):
     folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.2,))
     for path in tmp_path.glob(f"*/{removed}.parquet"):
         path.unlink()
-    results = measurements.collect(folders)
-    criterion, paired = tables.criterion_table(results), tables.paired_table(results)
-    tables.ablation_table(criterion).markdown()
-    tables.fidelity_table(criterion).markdown()
-    tables.findings(criterion, paired)
-    assert removed == "next_tokens" or "No " in measurements.protocol_note(results)
+    results = collect(folders)
+    criterion, paired = criterion_table(results), paired_table(results)
+    beside_paper.ablation_table(criterion).markdown()
+    beside_paper.fidelity_table(criterion).markdown()
+    findings(criterion, paired)
+    assert removed == "next_tokens" or "No " in protocol.protocol_note(results)
 
 
 def test_one_criterion_one_seed_and_no_dense_model(tmp_path):
-    results = measurements.collect(synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,), dense=False))
-    criterion, paired = tables.criterion_table(results), tables.paired_table(results)
+    results = collect(synthetic.study(tmp_path, ("entropy",), (0.2,), seeds=(0,), dense=False))
+    criterion, paired = criterion_table(results), paired_table(results)
     assert paired.long.empty and "nothing to compare" in paired.notes[0] and "No rows." in paired.markdown()
     assert "dense model was not evaluated" in criterion.markdown()
-    assert tables.findings(criterion, paired)
+    assert findings(criterion, paired)
 
 
 def test_one_seed_has_differences_but_no_verdict(tmp_path):
-    results = measurements.collect(synthetic.study(tmp_path, ("entropy", "random"), (0.3,), seeds=(0,)))
-    criterion, paired = tables.criterion_table(results), tables.paired_table(results, ("entropy", "random"))
+    results = collect(synthetic.study(tmp_path, ("entropy", "self_distillation"), (0.3,), seeds=(0,)))
+    criterion, paired = criterion_table(results), paired_table(results)
     assert set(paired.long["verdict"]) == {"one seed: no verdict"} and paired.long[["p", "p_holm", "detectable"]].isna().all(
         axis=None
     )
     clear = paired.long.set_index("column").loc["perplexity:c4"]
-    assert clear["low"] > 0 and clear["p_items"] < 0.001, "worse on these windows, for this seed"
+    assert clear["high"] < 0 and clear["p_items"] < 0.001, "better on these windows, for this seed"
     assert "no p-value, no verdict" in paired.markdown()
-    assert not any(" better" in sentence for sentence in tables.findings(criterion, paired))
-    assert set(tables.overview_table(criterion, paired).long["against_entropy"]) == {""}
+    assert not any(" better" in sentence for sentence in findings(criterion, paired))
+    assert set(overview_table(criterion, paired).long["against_reference"]) == {""}
 
 
 def test_no_interval_leaves_what_the_measure_can_be(tmp_path):
     folder = synthetic.evaluation(tmp_path / "dense", n_items=6)
     items = pd.read_parquet(folder / "items.parquet")
     items.assign(value=(items["doc_id"] > 0).astype(float)).to_parquet(folder / "items.parquet")
-    found = cell(tables.criterion_table(measurements.collect([folder])), "boolq", "dense", 0)
+    found = cell(criterion_table(collect([folder])), "boolq", "dense", 0)
     assert found["low"] < found["mean"] == pytest.approx(100 * 5 / 6) and found["high"] == 100
 
 
 def test_only_the_dense_model(tmp_path):
-    results = measurements.collect(synthetic.study(tmp_path, ()))
-    criterion = tables.criterion_table(results)
-    assert "Nothing of this table was measured" in tables.fidelity_table(criterion).markdown()
+    results = collect(synthetic.study(tmp_path, ()))
+    criterion = criterion_table(results)
+    assert "Nothing of this table was measured" in beside_paper.fidelity_table(criterion).markdown()
     assert list(criterion.display["Criterion"]) == ["Dense"]
+
+
+def test_a_variant_and_an_allocation_get_their_rows_their_pairs_and_their_names(tmp_path):
+    folders = synthetic.study(tmp_path / "plain", ("entropy", "one_hot_ce", "variant", "random"), (0.2,))
+    facts = {"allocation": "global", "allocation_spec": "global", "notes": ["Layers have different widths."]}
+    folders += [synthetic.evaluation(tmp_path / f"global-{seed}", "entropy", 0.2, seed, **facts) for seed in (0, 1, 2)]
+    results = collect(folders)
+    criterion, paired = criterion_table(results), paired_table(results)
+    names = ["Dense", "One-hot CE", "Self-distillation (alpha 0.4)", "Entropy (HFPrune)", "Entropy (HFPrune), Global", "Random"]
+    assert list(criterion.display["Criterion"]) == names
+    assert set(criterion.long["allocation"]) == {"uniform", "global"} and "different widths" in criterion.markdown()
+    tested = {("variant", "entropy"), ("one_hot_ce", "entropy"), ("entropy", "entropy@global")}
+    assert set(zip(paired.long["b"], paired.long["a"], strict=True)) == tested
+    assert "One-hot CE" in criterion.markdown() and "allocation" not in criterion_table(collect(folders[:-3])).long
+    told = " ".join(findings(criterion, paired))
+    assert "Entropy (HFPrune) against Self-distillation (alpha 0.4)" in told
+    assert "Entropy (HFPrune), Global against Entropy (HFPrune)" in told
+    marks = overview_table(criterion, paired).long.set_index(["criterion", "column"])["against_reference"]
+    row = paired.long[(paired.long["b"] == "variant") & (paired.long["column"] == "perplexity:c4")].iloc[0]
+    assert row["verdict"] == "Entropy (HFPrune) better" and marks["variant", "perplexity:c4"] == "worse"
 
 
 def test_two_models_stay_apart(tmp_path):
     pair = ("entropy", "one_hot_ce")
     folders = [f for m in ("a/one", "two") for f in synthetic.study(tmp_path / m, pair, (0.2,), model=m)]
-    results = measurements.collect(folders)
-    criterion, paired = tables.criterion_table(results), tables.paired_table(results)
+    results = collect(folders)
+    criterion, paired = criterion_table(results), paired_table(results)
     assert list(criterion.display["Model"].unique()) == ["a/one", "two"] and "Model" in paired.display
-    assert list(tables.ablation_table(criterion).display["Model"].unique()) == ["a/one", "two"]
+    assert list(beside_paper.ablation_table(criterion).display["Model"].unique()) == ["a/one", "two"]
 
 
 def test_a_model_that_broke_shows_not_finite(tmp_path):
     folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.2,), seeds=(0,))
     windows = pd.read_parquet(folders[1] / "perplexity.parquet")
     windows.assign(nll=np.nan).to_parquet(folders[1] / "perplexity.parquet")
-    results = measurements.collect(folders)
-    assert "not finite" in tables.criterion_table(results).markdown()
-    assert "not finite" in tables.paired_table(results).markdown()
+    results = collect(folders)
+    assert "not finite" in criterion_table(results).markdown()
+    assert "not finite" in paired_table(results).markdown()
 
 
 def test_order_of_the_folders_does_not_matter(tmp_path):
     folders = synthetic.study(tmp_path, ("entropy", "one_hot_ce"), (0.1, 0.2))
-    one, two = (tables.criterion_table(measurements.collect(order)) for order in (folders, folders[::-1]))
+    one, two = (criterion_table(collect(order)) for order in (folders, folders[::-1]))
     pd.testing.assert_frame_equal(one.long, two.long)
 
 
 def test_bad_input_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="evaluations is empty"):
-        measurements.collect([])
-    with pytest.raises(UserError, match="no summary.json"):
-        measurements.collect([tmp_path])
+        collect([])
+    with pytest.raises(UserError, match="summary.json is missing"):
+        collect([tmp_path])
     folder = synthetic.evaluation(tmp_path / "dense")
     shutil.copytree(folder, tmp_path / "again")
     with pytest.raises(UserError, match="more than once"):
-        measurements.collect([folder, tmp_path / "again"])
+        collect([folder, tmp_path / "again"])
     pd.DataFrame({"task": ["boolq"]}).to_parquet(folder / "items.parquet")
     with pytest.raises(UserError, match="lacks the column 'doc_id'"):
-        measurements.collect([folder])
+        collect([folder])
     (folder / "items.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(UserError, match="damaged"):
-        measurements.collect([folder])
+    with pytest.raises(UserError, match="corrupt"):
+        collect([folder])
     (folder / "summary.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        measurements.collect([folder])
+    with pytest.raises(UserError, match="corrupt"):
+        collect([folder])
     (folder / "summary.json").write_text(json.dumps({"model": "x"}))
     with pytest.raises(UserError, match="lacks 'criterion'"):
-        measurements.collect([folder])
+        collect([folder])
     with pytest.raises(UserError, match="missing"):
-        published.read(tmp_path / "nowhere.csv")
+        read(tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize(
@@ -381,10 +409,10 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path):
     ],
 )
 def test_cells_show_as_many_decimals_as_they_support(mean, measure, text):
-    assert tables.format_cell({"mean": mean, "low": np.nan, "high": np.nan, "measure": measure}) == text
+    assert format_cell({"mean": mean, "low": np.nan, "high": np.nan, "measure": measure}) == text
 
 
 @pytest.mark.parametrize(("bos", "words"), [(True, "of c4 with BOS."), (False, "of c4.")])
 def test_the_notes_say_where_calibration_and_evaluation_begin_otherwise(bos, words):
     text = {"n_windows": 8, "seq_len": 32, "corpus": "c4", "bos": bos}
-    assert measurements._scoring_sentence({"bos": False, "calibration": text}).endswith(words)
+    assert protocol._scoring_sentence({"bos": False, "calibration": text}).endswith(words)

@@ -1,74 +1,112 @@
-"""Which neurons the criteria choose: importance, rank agreement and kept-set overlap from stages 02 and 03."""
+"""Do the criteria choose different neurons? Importance, rank agreement and overlap of kept sets from stages 02 and 03."""
 
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from matplotlib import pyplot as plt
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from scipy import stats
 
-from hfprune_nb.errors import UserError
-from hfprune_nb.files import by_layer
-from hfprune_nb.report.measurements import in_order, label, rank
+from hfprune_nb.report import intervals
+from hfprune_nb.report.results import kept, percent, percents, scores, specs
+from hfprune_nb.report.style import STYLE, UNIFORM, Legend, closed, handles_of, message, pair_look, series
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
-OVERLAP = ["model", "ratio", "layer", "comparison", "jaccard", "n_pairs"]
 PAIRS = ["model", "ratio", "layer", "comparison", "seeds", "jaccard"]
+OVERLAP = ["model", "ratio", "layer", "comparison", "jaccard", "n_pairs"]
 CHANCE = "chance"
+CHOICE = ["model", "ratio", "pair", "between", "within", "chance", "difference", "low", "high", "p"]
+DEFAULT_NEURON_RATIO = 0.3  # where a study has no pruning to take it from
 
 
-def scores(scoring_folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return a scoring artifact's facts and its importance per criterion, shape (layers, intermediate_size).
-
-    Higher means keep. Raises UserError when the artifact is damaged.
-    """
-    facts, tensors = _read(Path(scoring_folder), "scores")
-    return facts, {name: tensors[name] for name in in_order(tensors)}
+def neuron_ratio(pruning_folders: Iterable[Path], model: str) -> float:
+    """Return the fraction of MLP neurons removed at the middle ratio of `model`, or the default without any pruning."""
+    ratios = sorted({facts["neuron_ratio"] for facts, _ in map(kept, pruning_folders) if facts["model"] == model})
+    return ratios[(len(ratios) - 1) // 2] if ratios else DEFAULT_NEURON_RATIO
 
 
-def first_seeds(scoring_folders: Iterable[Path]) -> dict[str, Path]:
-    """Return for each model the scoring artifact of its smallest seed."""
-    found = {}
-    for folder in map(Path, scoring_folders):
-        facts = scores(folder)[0]
-        found.setdefault(facts["model"], []).append((facts["seed"] or 0, folder))
-    return {model: min(folders)[1] for model, folders in sorted(found.items())}
+def kept_sets(importance: list[np.ndarray], ratio: float) -> list[np.ndarray]:
+    """Return each layer's kept neurons when the fraction `ratio` of its neurons goes, the lowest first; importance by layer."""
+    return [row.argsort(stable=True)[round(ratio * len(row)) :] for row in importance]
 
 
-def kept(pruning_folder: Path) -> tuple[dict, list[np.ndarray]]:
-    """Return a pruning artifact's facts and each layer's kept neuron indices. Raises UserError when it is damaged."""
-    facts, tensors = _read(Path(pruning_folder), "pruning", "kept")
-    return facts, [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
+def overlap(a: list[np.ndarray], b: list[np.ndarray], ratio: float) -> float:
+    """Return the Jaccard overlap of two importances' kept sets, the mean over layers."""
+    pairs = zip(kept_sets(a, ratio), kept_sets(b, ratio), strict=True)
+    return float(np.mean([jaccard(left, right) for left, right in pairs]))
 
 
-def _read(folder: Path, facts_name: str, tensors_name: str | None = None) -> tuple[dict, dict[str, np.ndarray]]:
-    try:
-        facts = json.loads((folder / f"{facts_name}.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / f"{tensors_name or facts_name}.safetensors")
-        return facts, {name: np.array(rows) for name, rows in by_layer(tensors).items()} if tensors_name is None else tensors
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or folder} is missing: name finished artifacts of the study") from None
-    except (SafetensorError, json.JSONDecodeError):
-        raise UserError(f"{folder} is damaged: delete the folder and rerun") from None
+def rank_correlation(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    """Return Spearman's correlation of two importances by layer, the mean over layers."""
+    layers = np.repeat(np.arange(len(a)), [len(row) for row in a])
+    return intervals.spearman(np.concatenate(a), np.concatenate(b), layers)
 
 
-def importance_bins(importance: np.ndarray, n_bins: int = 100) -> np.ndarray:
+def importance_bins(importance: list[np.ndarray], n_bins: int = 100) -> np.ndarray:
     """Return each layer's importance sorted from high to low and averaged in bins, relative to the model's mean.
 
-    `importance` has the shape (layers, intermediate_size), the result (layers, n_bins). Neurons without a score
-    (not finite, or negative because the first stage of self-distillation removed them) are left out of the means.
+    `importance` is that of each layer (neurons,), the result (layers, n_bins), fewer where a layer has fewer neurons. Neurons
+    without a score (not finite, or negative because the first stage of self-distillation removed them) are left out of the means.
     """
-    finite = np.where(np.isfinite(importance) & (importance >= 0), importance, np.nan)
-    descending = -np.sort(-finite, axis=1)
-    parts = np.array_split(descending, min(n_bins, importance.shape[1]), axis=1)
-    filled = [np.isfinite(part).sum(axis=1) for part in parts]
-    sums = [np.nansum(part, axis=1) for part in parts]
-    means = [np.divide(s, n, out=np.full(len(s), np.nan), where=n > 0) for s, n in zip(sums, filled, strict=True)]
-    return np.stack(means, axis=1) / np.nanmean(finite)
+    n_bins = min(n_bins, *map(len, importance))
+    finite = [np.where(np.isfinite(row) & (row >= 0), row, np.nan) for row in importance]
+    parts = [part for row in finite for part in np.array_split(-np.sort(-row), n_bins)]
+    sums, filled = np.array([np.nansum(part) for part in parts]), np.array([np.isfinite(part).sum() for part in parts])
+    means = np.divide(sums, filled, out=np.full(len(parts), np.nan), where=filled > 0)
+    return means.reshape(len(importance), n_bins) / np.nanmean(np.concatenate(finite))
+
+
+def importance_heatmap(scoring_folder: Path, n_bins: int = 100) -> Figure:
+    """Draw importance by layer, a panel per criterion: neurons sorted within their layer, relative to the model's mean.
+
+    `scoring_folder` is a scoring artifact. Colour is on a log scale common to all panels.
+    """
+    facts, importance = scores(scoring_folder)
+    if not importance:
+        return message("This scoring artifact holds no criterion: nothing to draw.")
+    binned = {name: importance_bins(values, n_bins) for name, values in importance.items()}
+    positive = np.concatenate([values[values > 0].ravel() for values in binned.values()])
+    if not positive.size:
+        return message("No importance is positive: a log scale has nothing to show.")
+    names = Legend(specs(facts))
+    low, high = np.quantile(positive, [0.005, 0.995])
+    # A flat importance has no range, and a log scale needs one.
+    norm = LogNorm(low, high) if high > low else LogNorm(low / 2, high * 2)
+    across = min(5, len(binned))
+    down = -(-len(binned) // across)
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        fig, axes = plt.subplots(
+            down, across, figsize=(1.5 + 1.9 * across, 0.9 + 2.5 * down), sharex=True, sharey=True, squeeze=False
+        )
+        for ax, (name, values) in zip(axes.flat, binned.items(), strict=False):
+            layers = values.shape[0]
+            image = ax.imshow(
+                np.ma.masked_invalid(values),
+                aspect="auto",
+                norm=norm,
+                cmap="cividis",
+                interpolation="nearest",
+                extent=(0, 100, layers - 0.5, -0.5),
+            )
+            ax.set_title(names.label(name))
+            ax.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=7))
+        for ax in axes.flat[len(binned) :]:
+            ax.set_axis_off()
+        for column in range(across):
+            lowest = max(row for row in range(down) if row * across + column < len(binned))
+            axes[lowest, column].tick_params(labelbottom=True)
+        fig.supxlabel("neurons of the layer, % (most important first)", fontsize=9)
+        fig.supylabel("layer", fontsize=9)
+        bar = fig.colorbar(image, ax=axes, shrink=0.85, extend="both", pad=0.02)
+        bar.set_label("importance / mean of the model")
+        seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
+        fig.suptitle(f"{facts['model']}{seed}: importance of MLP neurons", fontsize=10)
+    return closed(fig)
 
 
 def rank_agreement(scoring_folders: Iterable[Path]) -> pd.DataFrame:
@@ -82,56 +120,71 @@ def rank_agreement(scoring_folders: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=AGREEMENT)
 
 
-def kept_overlap(pruning_folders: Iterable[Path], criteria: Iterable[str]) -> pd.DataFrame:
-    """Return the Jaccard overlap of kept sets by model, ratio and layer, averaged over all pairs of one `comparison`."""
-    grouped = kept_pairs(pruning_folders, criteria).groupby(OVERLAP[:-2], sort=False)["jaccard"]
-    return grouped.agg(jaccard="mean", n_pairs="size").reset_index()
+def rank_agreement_figure(agreement: pd.DataFrame, model: str, legend: Legend) -> Figure:
+    """Draw the Spearman correlation of the pairs that `legend` compares by layer, mean and range over seeds."""
+    rows = agreement[agreement["model"] == model].set_index(["a", "b"])
+    rows = rows[rows.index.isin(legend.pairs({name for pair in rows.index for name in pair}))]
+    if rows.empty:
+        return message("Fewer than two criteria were scored: no rank correlation to draw.")
+    with mpl.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7, 4))
+        for index, ((a, b), part) in enumerate(rows.groupby(["a", "b"], sort=False)):
+            by_layer = part.groupby("layer")["spearman"].agg(["mean", "min", "max"])
+            style = pair_look(index)
+            text = f"{legend.label(a)} / {legend.label(b)}"
+            ax.plot(by_layer.index, by_layer["mean"], label=text, markersize=3.5, **style)
+            band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
+            ax.fill_between(by_layer.index, by_layer["min"], by_layer["max"], **band)
+        ax.set(xlabel="layer", ylabel="Spearman rank correlation\n(1: same order of neurons)")
+        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
+        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        ax.set_title(f"{model}: agreement of criteria on the order of neurons\n({_seeds(rows)})")
+        fig.legend(loc="outside lower center", ncols=2)
+    return closed(fig)
 
 
-def kept_pairs(pruning_folders: Iterable[Path], criteria: Iterable[str]) -> pd.DataFrame:
-    """Return the Jaccard overlap of each pair of kept sets by model, ratio and layer; `seeds` is the pair of their seeds.
+def _seeds(rows: pd.DataFrame) -> str:
+    count = rows["seed"].nunique(dropna=False)
+    return "one seed" if count == 1 else f"mean and range of {count} seeds"
 
-    Comparisons: two `criteria` with the same seed ("One-hot CE / Entropy (HFPrune)"), one criterion with two seeds
-    ("Entropy (HFPrune), two seeds"), and "chance", the exact expectation for two random sets of these sizes.
+
+def kept_pairs(pruning_folders: Iterable[Path], legend: Legend) -> pd.DataFrame:
+    """Return the Jaccard overlap of pairs of kept sets by model, ratio and layer; `seeds` is the pair of their seeds.
+
+    Comparisons: two criteria that `legend` compares, with the same seed ("One-hot CE / Entropy (HFPrune)"), one criterion with
+    two seeds ("Entropy (HFPrune), two seeds"), and "chance", the exact expectation for two random sets of these sizes.
     """
-    criteria = list(criteria)
-    prunings = [kept(folder) for folder in pruning_folders]
-    prunings = sorted((p for p in prunings if p[0]["criterion"] in criteria), key=_reading_order)
+    prunings: dict[tuple, list] = {}
+    for facts, sets in map(kept, pruning_folders):
+        # Model and ratio must agree; otherwise a pair would compare sets of different sizes.
+        ratio = round(float(facts["ratio"] if facts["ratio"] is not None else facts["achieved_ratio"]), 4)
+        name, seed = series(facts["criterion"], facts.get("allocation", UNIFORM)), facts["seed"]
+        prunings.setdefault((facts["model"], ratio), []).append(
+            (legend.order(name), -1 if seed is None else seed, name, facts, sets)
+        )
     rows = []
-    for (model, ratio), group in itertools.groupby(prunings, key=_place):
-        for (a, kept_a), (b, kept_b) in itertools.combinations(group, 2):
-            comparison, seeds = _comparison(a, b), (a["seed"], b["seed"])
-            for layer, (left, right) in enumerate(zip(kept_a, kept_b, strict=True) if comparison else ()):
+    for (model, ratio), group in sorted(prunings.items()):
+        asked = legend.pairs({name for _, _, name, _, _ in group})
+        for (_, _, a, facts, kept_a), (_, _, b, other, kept_b) in itertools.combinations(sorted(group, key=lambda p: p[:3]), 2):
+            seeds = facts["seed"], other["seed"]
+            if a == b and seeds[0] != seeds[1] and legend.compared([a]):
+                comparison = f"{legend.label(a)}, two seeds"
+            elif (a, b) in asked and seeds[0] == seeds[1]:
+                comparison = f"{legend.label(a)} / {legend.label(b)}"
+            else:
+                continue
+            for layer, (left, right) in enumerate(zip(kept_a, kept_b, strict=True)):
                 rows.append([model, ratio, layer, comparison, seeds, jaccard(left, right)])
-                width = _width(a, layer)
+                width = facts["width_before"]
+                width = width[layer] if isinstance(width, list) else width
                 rows.append([model, ratio, layer, CHANCE, seeds, chance_jaccard(len(left), len(right), width)])
     return pd.DataFrame(rows, columns=PAIRS)
 
 
-def _reading_order(pruning: tuple[dict, list]) -> tuple:
-    seed = pruning[0]["seed"]
-    return *_place(pruning), rank(pruning[0]["criterion"]), -1 if seed is None else seed
-
-
-def _place(pruning: tuple[dict, list]) -> tuple[str, float]:
-    # Model and ratio must agree; otherwise a pair would compare sets of different sizes.
-    facts = pruning[0]
-    return facts["model"], round(float(facts["ratio"] if facts["ratio"] is not None else facts["achieved_ratio"]), 4)
-
-
-def _width(facts: dict, layer: int) -> int:
-    before = facts["width_before"]
-    return before[layer] if isinstance(before, list) else before
-
-
-def _comparison(a: dict, b: dict) -> str:
-    """Return the name of a pair's comparison, "" for pairs that differ in criterion and seed."""
-    if a["criterion"] == b["criterion"]:
-        return f"{label(a['criterion'])}, two seeds" if a["seed"] != b["seed"] else ""
-    if a["seed"] != b["seed"]:
-        return ""
-    first, second = in_order([a["criterion"], b["criterion"]])
-    return f"{label(first)} / {label(second)}"
+def kept_overlap(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the Jaccard overlap of `kept_pairs` by model, ratio and layer, the mean of all pairs of one `comparison`."""
+    grouped = pairs.groupby(OVERLAP[:-2], sort=False)["jaccard"]
+    return grouped.agg(jaccard="mean", n_pairs="size").reset_index()
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> float:
@@ -147,3 +200,105 @@ def chance_jaccard(n_left: int, n_right: int, width: int) -> float:
     probability = stats.hypergeom.pmf(shared, width, n_left, n_right)
     union = n_left + n_right - shared
     return float(np.sum(probability * np.divide(shared, union, out=np.ones(len(shared)), where=union > 0)))
+
+
+def kept_overlap_figure(overlap: pd.DataFrame, model: str) -> Figure:
+    """Draw the overlap of kept sets by layer, a panel per ratio (`kept_overlap`).
+
+    References: one criterion with two seeds (thin grey-scale lines) and the overlap that chance alone would give.
+    """
+    rows = overlap[overlap["model"] == model]
+    if rows.empty:
+        return message("Fewer than two prunings at the same ratio and seed: no kept sets to compare.")
+    ratios = sorted(rows["ratio"].unique())
+    names = list(dict.fromkeys(rows["comparison"]))
+    between = [name for name in names if " / " in name]
+    within = [name for name in names if name.endswith("two seeds")]
+    with mpl.rc_context(STYLE):
+        width = 1 + 3.1 * len(ratios)
+        fig, axes = plt.subplots(1, len(ratios), figsize=(max(5, width), 4), sharey=True, squeeze=False)
+        for ax, ratio in zip(axes.flat, ratios, strict=True):
+            part = rows[rows["ratio"] == ratio]
+            for name in [*between, *within, CHANCE]:
+                line = part[part["comparison"] == name]
+                if len(line):
+                    text = "expected by chance" if name == CHANCE else name
+                    ax.plot(line["layer"], line["jaccard"], label=text, **_overlap_style(name, between, within))
+            ax.set(title=f"{percent(ratio)} of parameters removed", xlabel="layer")
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axes[0, 0].set_ylabel("Jaccard overlap of kept neurons\n(1: same neurons)")
+        axes[0, 0].set_ylim(top=1.01)
+        handles = handles_of(axes)
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if width < 8 else 3)
+        fig.suptitle(f"{model}: which neurons are kept", fontsize=10)
+    return closed(fig)
+
+
+def _overlap_style(name: str, between: list[str], within: list[str]) -> dict:
+    if name == CHANCE:
+        return {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1.2}
+    if name in within:
+        index = within.index(name)
+        grey = ("#444444", "#808080", "#AAAAAA")[index % 3]
+        return {"color": grey, "linestyle": pair_look(index)["linestyle"], "linewidth": 1.1}
+    return pair_look(between.index(name)) | {"linestyle": "solid", "markersize": 3.5}
+
+
+def choice(kept_pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return for each model, ratio and pair of criteria how much less they overlap than two seeds of one criterion.
+
+    `kept_pairs` is `kept_pairs`. between : Jaccard of the two criteria with the same seed; within : the mean of
+    both criteria's overlap between two seeds; chance; difference : within minus between with its 95 % interval and p-value,
+    from the jackknife over seeds, which three or more can give; p_holm : after Holm's correction over the rows of a model.
+    """
+    rows = []
+    for (model, ratio), part in kept_pairs.groupby(["model", "ratio"], sort=False):
+        layers = part.groupby(["comparison", "seeds"], sort=False)["jaccard"].mean()
+        for pair in [name for name in layers.index.unique(0) if " / " in name]:
+            floors = [f"{side}, two seeds" for side in pair.split(" / ")]
+            if not set(floors) <= set(layers.index.unique(0)):
+                continue
+            between, within = layers[pair], layers[floors].groupby(level="seeds", sort=False).mean()
+            row = {"model": model, "ratio": ratio, "pair": pair, "between": between.mean(), "within": within.mean()}
+            rows.append(row | {"chance": layers[CHANCE].mean()} | _over_seeds(between, within))
+    frame = pd.DataFrame(rows, columns=CHOICE)
+    frame["p_holm"] = frame.groupby("model")["p"].transform(lambda p: intervals.holm(p)) if rows else []
+    return frame
+
+
+def _over_seeds(between: pd.Series, within: pd.Series) -> dict:
+    """Return within minus between, its interval and p-value; both are indexed by their pair of seeds."""
+    difference, seeds = within.mean() - between.mean(), {seed for pair in between.index for seed in pair}
+    found = {"difference": difference, "low": np.nan, "high": np.nan, "p": np.nan}
+    if len(seeds) < 3:
+        return found
+    kept = [[side[[seed not in pair for pair in side.index]].mean() for side in (within, between)] for seed in seeds]
+    pseudo = [len(seeds) * difference - (len(seeds) - 1) * (without - same) for without, same in kept]
+    test = stats.ttest_1samp(pseudo, 0)
+    low, high = difference - np.mean(pseudo) + np.array(test.confidence_interval(intervals.LEVEL))
+    return found | {"low": low, "high": high, "p": test.pvalue}
+
+
+def choice_sentence(frame: pd.DataFrame, model: str) -> str:
+    """Return one sentence on whether the criteria choose different neurons, beyond the noise of calibration."""
+    rows = frame[frame["model"] == model]
+    if rows.empty:
+        return f"{model}: two criteria with two seeds each are needed to say whether the criteria choose different neurons."
+    told = []
+    for pair, part in rows.groupby("pair", sort=False):
+        more = ((part["difference"] > 0) & (part["p_holm"] < 1 - intervals.LEVEL)).to_numpy()
+        where = "at every ratio" if more.all() else "at " + percents(part.loc[more, "ratio"]) if more.any() else "at no ratio"
+        verdict = f"so they differ by more than calibration noise {where}"
+        told.append(
+            f"{pair} overlap {_range(part['between'])} where two seeds of one criterion overlap {_range(part['within'])}, "
+            + (verdict if part["p"].notna().any() else "and two seeds are too few to judge the difference")
+        )
+    return (
+        f"{model}, Jaccard of kept neurons (chance {_range(rows['chance'])}; jackknife over seeds, Holm's correction over "
+        f"{len(rows)}): {'; '.join(told)}."
+    )
+
+
+def _range(values: pd.Series) -> str:
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return low if low == high else f"{low} to {high}"

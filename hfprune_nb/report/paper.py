@@ -13,7 +13,8 @@ from scipy import stats
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import intervals
-from hfprune_nb.report.measurements import Results
+from hfprune_nb.report.results import Results, percent
+from hfprune_nb.report.table import Table
 
 # Items that lm-eval scores: the test split, or validation where the test split has no public answers.
 ITEMS = {
@@ -30,6 +31,7 @@ ITEMS = {
 }
 NINE = [task for task in ITEMS if task != "TfQA"]  # of Table 8
 ROW = ["table", "model", "ratio_pct", "method", "finetuned"]
+
 # Cells and average are printed with one decimal: their rounding explains this much of a difference, in points.
 ROUNDING = 0.1
 GAPS = (
@@ -282,3 +284,67 @@ def sentences(paper: pd.DataFrame, results: Results | None = None) -> list[str]:
         "cells stand under another Qwen model as well."
     )
     return text
+
+
+PAPER_MODEL = "LLaMA-2-7B"
+INCONSISTENT = "†"
+
+
+def published_tables(results: Results | None = None, paper: Path | None = None) -> list[Table]:
+    """Return three tables made of the paper's numbers alone: its rows of ten tasks, its gaps, and its contradictions.
+
+    With `results` the gaps are set beside the share of items that our two models answer differently.
+    """
+    frame = read(paper)
+    printed, compared, wrong = rows(frame), gaps(frame), contradictions(frame)
+    averages = pd.DataFrame(
+        {
+            "Table": printed["table"].str.removeprefix("T"),
+            "Model": printed["model"],
+            "Ratio": [percent(ratio / 100) for ratio in printed["ratio_pct"]],
+            "Method": printed["method"],
+            "Average, paper": printed["average"].map("{:.1f}".format),
+            "Average of the cells": printed["recomputed"].map("{:.1f}".format),
+            "Standard error": printed["standard_error"].map("{:.2f}".format),
+            "Without CrowS-Pairs": printed["without_crows"].map("{:.1f}".format),
+            "Remark": [f"{INCONSISTENT} {text}" if text else "" for text in printed["remark"]],
+        }
+    )
+    differences = pd.DataFrame(
+        {
+            "Table": compared["table"].str.removeprefix("T"),
+            "Model": compared["model"],
+            "Ratio": [percent(ratio / 100) for ratio in compared["ratio"]],
+            "A - B": [f"{a} - {b}" for a, b in zip(compared["a"], compared["b"], strict=True)],
+            "Gap, paper": compared["gap"].map("{:+.1f}".format),
+            "95 % half-width, unpaired": compared["unpaired_half_width"].map("{:.2f}".format)
+            + compared["cells"].map({True: "", False: " at most"}),
+            "Larger than that": compared["exceeds"].map({True: "yes", False: "no"}),
+            "Paired test needs at most": compared["most_discordant"].map("{:.1f} % answered differently".format),
+        }
+    )
+    defects = wrong[["place", "printed", "computed"]].set_axis(["Place", "Printed, paper", "From the paper's own values"], axis=1)
+    sizes = ", ".join(f"{task} {count}" for task, count in ITEMS.items())
+    origin = "All values are published ones or computed from them; nothing in this table was measured."
+    sampling = (
+        f"Standard errors are binomial, from the items that lm-eval scores ({sizes}); tasks are independent, and an average "
+        "is unweighted. They hold for drawing items; calibration and tuning seeds would add to them."
+    )
+    paired = (
+        "A paired comparison on the same items is sharper than the unpaired half-width. The last column is the largest share of "
+        "items that the two models may answer differently (one right, one wrong) for a gap of this size to reach 5 %."
+    )
+    share = [] if results is None else discordance(results, "entropy", "one_hot_ce").to_dict("records")
+    ours = [f"{row['model']} at {percent(row['ratio'])}: {row['share']:.1f} %" for row in share]
+    notes = [f"Measured in this study, entropy against one-hot CE: {'; '.join(ours)}."] if ours else []
+    return [
+        Table("published", "The paper's averages and what its cells give", printed, averages, (origin, sampling)),
+        Table(
+            "published_gaps",
+            "The paper's gaps beside the error of item sampling",
+            compared,
+            differences,
+            (origin, paired, *notes),
+        ),
+        Table("published_defects", "Where the paper contradicts itself", wrong.drop(columns="cells"), defects, (origin,)),
+    ]

@@ -1,4 +1,4 @@
-"""Recovery beside its four controls: dense and pruned, each untuned and tuned by the same recipe, data and seed.
+"""What does tuning bring back? Pruned models beside the dense control, each untuned and tuned by the same recipe, data and seed.
 
 The paper compares a tuned pruned model with an untuned dense one. What tuning adds to the pruned model beyond what it adds to the
 dense one is the difference in differences, `(pruned tuned - pruned untuned) - (dense tuned - dense untuned)`, item by item.
@@ -11,28 +11,27 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from hfprune_nb.report import figures, intervals, published
-from hfprune_nb.report.measurements import (
+from hfprune_nb.report import intervals, style
+from hfprune_nb.report.paper import read
+from hfprune_nb.report.protocol import protocol_note
+from hfprune_nb.report.results import (
     UNITS,
     Column,
     Results,
     collect,
     columns,
-    in_order,
-    label,
     percent,
-    protocol_note,
     read_summary,
     sample,
-    variant,
+    treatment,
 )
-from hfprune_nb.report.tables import ABSENT, ONE_SEED, Table, format_cell, format_p, within_limits
+from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, format_cell, format_p, within_limits
 
 MEASURED = ("task", "average", "average_without_crows", "perplexity")
 SHOWN = ("average", "average_without_crows", "perplexity")
-CONTROL = {False: "untuned", True: "tuned"}
+STATES = {False: "untuned", True: "tuned"}
 GAIN, BEYOND = "tuned - untuned", "gain beyond the dense model's"
-REPAIRS = {"none": "", "least_squares": "least squares", "least_squares_bias": "least squares with bias"}
+COMPENSATIONS = {"none": "", "least_squares": "least squares", "least_squares_bias": "least squares with bias"}
 PAPER_MODELS = {
     "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
     "meta-llama/Llama-3.2-3B": "LLaMA3.2-3.2B",
@@ -42,6 +41,7 @@ PAPER_MODELS = {
     "Qwen/Qwen3-1.7B": "Qwen3-1.7B",
 }
 DEFAULT_PAPER_MODEL = "LLaMA-2-7B"
+
 # The paper's untuned rows are its Table 6; tuned rows of other criteria than the two are not in it.
 PAPER_METHODS = {
     ("dense", False): ("dense",),
@@ -64,38 +64,45 @@ READING = (
 
 
 class Recovered:
-    """A study's evaluations by variant: (tuned, compensation) -> Results, and what each tuning cost."""
+    """A study's evaluations by treatment: (tuned, compensation) -> Results, and what each tuning cost."""
 
     def __init__(self, evaluation_folders: Iterable[Path]):
         folders = [Path(folder) for folder in evaluation_folders]
         summaries = [read_summary(folder) for folder in folders]
-        self.variants: dict[tuple[bool, str], Results] = {
-            found: collect(folders, *found) for found in sorted({variant(summary) for summary in summaries})
+        self.by_treatment: dict[tuple[bool, str], Results] = {
+            found: collect(folders, *found) for found in sorted({treatment(summary) for summary in summaries})
         }
         self.spent = [
-            {name: summary[name] for name in ("model", "criterion", "ratio", "seed", "compensation")} | summary["recovery"]
+            {name: summary[name] for name in ("model", "ratio", "seed", "compensation")}
+            | {"criterion": style.series(summary["criterion"], summary.get("allocation", style.UNIFORM))}
+            | summary["recovery"]
             for summary in summaries
             if summary.get("tuned")
         ]
 
     def __bool__(self) -> bool:
-        """Whether there is anything to compare: an untuned model, and one that was tuned or repaired."""
-        return len(self.variants) > 1 and (False, "none") in self.variants
+        """Whether there is anything to compare: an untuned model, and one that was tuned or compensated."""
+        return len(self.by_treatment) > 1 and (False, "none") in self.by_treatment
+
+    @property
+    def legend(self) -> style.Legend:
+        """Order, names and looks of the criteria."""
+        return self.plain.legend
 
     @property
     def plain(self) -> Results:
-        """The untuned, unrepaired models."""
-        return self.variants[False, "none"]
+        """The untuned models without compensation."""
+        return self.by_treatment[False, "none"]
 
     def sample(self, tuned: bool, compensation: str, column: Column, model: str, criterion: str, ratio: float) -> pd.DataFrame:
-        """Return one cell's data as `measurements.sample` does, empty where it was not measured."""
-        # The dense model has nothing to be repaired.
-        found = self.variants.get((tuned, "none" if criterion == "dense" else compensation))
+        """Return one cell's data as `results.sample` does, empty where it was not measured."""
+        # The dense model has no loss to be compensated.
+        found = self.by_treatment.get((tuned, "none" if criterion == "dense" else compensation))
         return pd.DataFrame() if found is None else sample(found, column, model, criterion, ratio)
 
 
-def controls_table(recovered: Recovered) -> Table:
-    """Return the table of controls: a row per model state, then its gains from tuning.
+def recovery_table(recovered: Recovered) -> Table:
+    """Return the recovery table: a row per model state, then its gains from tuning.
 
     `long` has the columns model, ratio, criterion, compensation, state (untuned, tuned, the two differences), column, measure,
     label, mean, low, high, p and p_holm (differences only), n_seeds, n_items, source and note.
@@ -103,33 +110,33 @@ def controls_table(recovered: Recovered) -> Table:
     rows = []
     for model in recovered.plain.model_names:
         shown = [column for column in columns(recovered.plain, model) if column.measure in MEASURED]
-        for place in _places(recovered, model):
+        for point in _points(recovered, model):
             for column in shown:
-                cells = _cells(recovered, model, *place, column)
-                rows += [{**_keys(model, place), **_named(column), **cell} for cell in cells]
+                cells = _cells(recovered, model, *point, column)
+                rows += [{**_keys(model, point), **_named(column), **cell} for cell in cells]
     long = pd.DataFrame(rows)
     long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p))
     notes = (READING, _spent_sentence(recovered), _paper_remark(recovered), protocol_note(recovered.plain))
-    title = "Recovery and its controls: the same recipe, data and seed for every tuned row (measured)"
-    return Table("recovery", title, long, _display(recovered, long), notes)
+    title = "Recovery beside the dense control: the same recipe, data and seed for every tuned row (measured)"
+    return Table("recovery", title, long, _display(recovered, long), notes, recovered.legend)
 
 
-def controls_figure(table: Table, model: str) -> Figure:
+def recovery_figure(table: Table, model: str) -> Figure:
     """Draw, for the average and each perplexity, every model untuned (hollow) and tuned (filled), with intervals."""
     cells = table.long[(table.long["model"] == model) & table.long["measure"].isin(SHOWN)]
     names = list(dict.fromkeys(cells["column"]))
-    states = cells[cells["state"].isin(CONTROL.values())]
-    places = list(dict.fromkeys(zip(states["criterion"], states["ratio"], states["compensation"], strict=True)))
-    with plt.rc_context(figures.STYLE):
-        fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 0.9 + 0.42 * len(places)), sharey=True, squeeze=False)
+    states = cells[cells["state"].isin(STATES.values())]
+    points = list(dict.fromkeys(zip(states["criterion"], states["ratio"], states["compensation"], strict=True)))
+    with plt.rc_context(style.STYLE):
+        fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 0.9 + 0.42 * len(points)), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names, strict=True):
             part = states[states["column"] == name]
-            for height, (criterion, ratio, compensation) in enumerate(places):
+            for height, (criterion, ratio, compensation) in enumerate(points):
                 at = part[(part["criterion"] == criterion) & (part["ratio"] == ratio) & (part["compensation"] == compensation)]
                 for shift, cell in zip((-0.13, 0.13), at.sort_values("state", ascending=False).to_dict("records"), strict=False):
-                    colour = figures.colour(criterion)
+                    colour = table.legend.colour(criterion)
                     ax.plot([cell["low"], cell["high"]], [height + shift] * 2, color=colour, lw=1.2)
-                    face = colour if cell["state"] == CONTROL[True] else "white"
+                    face = colour if cell["state"] == STATES[True] else "white"
                     ax.plot(cell["mean"], height + shift, marker="o", color=colour, mfc=face)
             measure = part["measure"].iloc[0]
             if measure == "perplexity":
@@ -138,10 +145,10 @@ def controls_figure(table: Table, model: str) -> Figure:
                 ax.xaxis.set_minor_formatter("{x:g}")
             ax.set_title(part["label"].iloc[0])
             ax.set_xlabel("lower is better" if measure == "perplexity" else "higher is better")
-        axes[0][0].set_yticks(range(len(places)), [_place_label(*place) for place in places])
-        axes[0][0].set_ylim(len(places) - 0.5, -0.5)
+        axes[0][0].set_yticks(range(len(points)), [_point_label(*point, table.legend) for point in points])
+        axes[0][0].set_ylim(len(points) - 0.5, -0.5)
         fig.suptitle(f"{model}: hollow untuned, filled tuned")
-    return figures.closed(fig)
+    return style.closed(fig)
 
 
 def sentences(table: Table) -> list[str]:
@@ -156,25 +163,25 @@ def sentences(table: Table) -> list[str]:
             continue
         dense = average[(average["model"] == model) & (average["criterion"] == "dense") & (average["state"] == GAIN)]
         gain, beyond = by_state[GAIN], by_state[BEYOND]
-        repaired = f", repaired by {REPAIRS[compensation]}" if REPAIRS.get(compensation) else ""
+        compensated = f", compensated by {COMPENSATIONS[compensation]}" if COMPENSATIONS.get(compensation) else ""
         verdict = ONE_SEED if pd.isna(beyond["p_holm"]) else "the two gains are not told apart"
         if beyond["p_holm"] < 1 - intervals.LEVEL:
             verdict = f"the pruned model gained {'more' if beyond['mean'] > 0 else 'less'}"
         found.append(
-            f"{model}, {label(criterion)} at {percent(ratio)}{repaired}: tuning changed the average by {_points(gain)} points, "
-            f"that of the dense model by {_points(dense.iloc[0])}; difference {_points(beyond)}: {verdict}."
+            f"{model}, {table.legend.label(criterion)} at {percent(ratio)}{compensated}: tuning changed the average by "
+            f"{_in_points(gain)} points, that of the dense model by {_in_points(dense.iloc[0])}; "
+            f"difference {_in_points(beyond)}: {verdict}."
         )
     return found
 
 
-def _places(recovered: Recovered, model: str) -> list[tuple[str, float, str]]:
+def _points(recovered: Recovered, model: str) -> list[tuple[str, float, str]]:
     found = set()
-    for (_, compensation), results in recovered.variants.items():
+    for (_, compensation), results in recovered.by_treatment.items():
         of_model = results.models[results.models["model"] == model]
         for criterion, ratio in zip(of_model["criterion"], of_model["ratio"], strict=True):
             found.add((criterion, ratio, "none" if criterion == "dense" else compensation))
-    order = in_order({criterion for criterion, _, _ in found})
-    return sorted(found, key=lambda place: (place[1], order.index(place[0]), list(REPAIRS).index(place[2])))
+    return sorted(found, key=lambda point: (point[1], recovered.legend.order(point[0]), list(COMPENSATIONS).index(point[2])))
 
 
 def _cells(recovered, model, criterion, ratio, compensation, column) -> list[dict]:
@@ -182,16 +189,16 @@ def _cells(recovered, model, criterion, ratio, compensation, column) -> list[dic
         return recovered.sample(tuned, compensation, column, model, which, at)
 
     found = []
-    frames = {tuned: given(tuned) for tuned in CONTROL}
+    frames = {tuned: given(tuned) for tuned in STATES}
     for tuned, frame in frames.items():
         if len(frame):
             interval = within_limits(intervals.mean_interval(frame), column.measure)
-            found.append({"state": CONTROL[tuned], **_numbers(interval)})
+            found.append({"state": STATES[tuned], **_numbers(interval)})
     if not all(map(len, frames.values())):
         return found
     gain = intervals.paired_difference(frames[True], frames[False])
     found.append({"state": GAIN, **_numbers(gain)})
-    dense = {tuned: given(tuned, "dense", 0.0) for tuned in CONTROL}
+    dense = {tuned: given(tuned, "dense", 0.0) for tuned in STATES}
     if criterion != "dense" and all(map(len, dense.values())):
         own, control = _changes(frames), _changes(dense)
         # The dense model has no calibration seed: its gain stands beside each of them.
@@ -211,8 +218,8 @@ def _numbers(found) -> dict:
     return numbers | {"p": getattr(found, "p", float("nan")), "source": "measured"}
 
 
-def _keys(model: str, place: tuple[str, float, str]) -> dict:
-    return {"model": model, "ratio": place[1], "criterion": place[0], "compensation": place[2]}
+def _keys(model: str, point: tuple[str, float, str]) -> dict:
+    return {"model": model, "ratio": point[1], "criterion": point[0], "compensation": point[2]}
 
 
 def _named(column: Column) -> dict:
@@ -221,17 +228,22 @@ def _named(column: Column) -> dict:
 
 def _display(recovered: Recovered, long: pd.DataFrame) -> pd.DataFrame:
     rows, several = [], len(recovered.plain.model_names) > 1
-    paper = published.read()
+    paper = read()
     shown = long[long["measure"].isin(SHOWN)]
     keys = ["model", "ratio", "criterion", "compensation", "state"]
     for (model, ratio, criterion, compensation, state), cells in shown.groupby(keys, sort=False):
         row = {"Model": model} if several else {}
-        row |= {"Ratio": percent(ratio), "Criterion": label(criterion), "Repair": REPAIRS[compensation] or ABSENT, "State": state}
+        row |= {
+            "Ratio": percent(ratio),
+            "Criterion": recovered.legend.label(criterion),
+            "Compensation": COMPENSATIONS[compensation] or ABSENT,
+            "State": state,
+        }
         row |= {cell["label"]: _text(cell) for cell in cells.to_dict("records")}
-        spent = _spent(recovered, model, criterion, ratio, compensation) if state == CONTROL[True] else None
+        spent = _spent(recovered, model, criterion, ratio, compensation) if state == STATES[True] else None
         row["tokens"] = f"{spent['tokens']:,.0f}" if spent else ABSENT
         row["operations"] = f"{spent['flops']:.2g}" if spent else ABSENT
-        tuned = {text: flag for flag, text in CONTROL.items()}.get(state)
+        tuned = {text: flag for flag, text in STATES.items()}.get(state)
         in_paper = tuned is not None and compensation == "none"
         row["paper, %"] = _paper_value(paper, model, criterion, ratio, tuned) if in_paper else ABSENT
         rows.append(row)
@@ -239,7 +251,7 @@ def _display(recovered: Recovered, long: pd.DataFrame) -> pd.DataFrame:
 
 
 def _text(cell: dict) -> str:
-    if cell["state"] in CONTROL.values():
+    if cell["state"] in STATES.values():
         return format_cell(cell)
     digits = 1 if UNITS[cell["measure"]] == "%" else 3
     values = [f"{cell[name]:+.{digits}f}" for name in ("mean", "low", "high")]
@@ -247,14 +259,16 @@ def _text(cell: dict) -> str:
     return f"{values[0]} [{values[1]}, {values[2]}], {told}"
 
 
-def _points(cell) -> str:
+def _in_points(cell) -> str:
     return f"{cell['mean']:+.1f} [{cell['low']:+.1f}, {cell['high']:+.1f}]"
 
 
-def _place_label(criterion: str, ratio: float, compensation: str) -> str:
+def _point_label(criterion: str, ratio: float, compensation: str, legend: style.Legend) -> str:
     if criterion == "dense":
-        return label(criterion)
-    return f"{label(criterion)}, {percent(ratio)}" + (f"\n{REPAIRS[compensation]}" if REPAIRS[compensation] else "")
+        return legend.label(criterion)
+    return f"{legend.label(criterion)}, {percent(ratio)}" + (
+        f"\n{COMPENSATIONS[compensation]}" if COMPENSATIONS[compensation] else ""
+    )
 
 
 def _spent(recovered: Recovered, model: str, criterion: str, ratio: float, compensation: str) -> dict | None:

@@ -6,12 +6,13 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from hfprune_nb.report import published
-from hfprune_nb.report.figures import PAIR_COLOURS, PAIR_DASHES, PAIR_MARKERS, STYLE, colour
-from hfprune_nb.report.measurements import label, percent
-from hfprune_nb.report.tables import ABSENT, PAPER_MODEL, Table
+from hfprune_nb.report.paper import PAPER_MODEL, read
+from hfprune_nb.report.results import percent
+from hfprune_nb.report.style import REFERENCE, STYLE, Legend, closed, pair_look
+from hfprune_nb.report.table import ABSENT, Table
 
 PAPER_LOOPS = {"entropy: HFPrune loop": "HFPrune", "self_distillation: SDMPrune loop": "SDMPrune"}
+LEGEND = Legend()  # cost is measured with the criteria's own settings
 IMPLEMENTATION_COLOURS = {"engine": "#0072B2", "published loop": "#D55E00"}
 PUBLISHED = f"Columns marked paper are published values of {PAPER_MODEL} on one A6000; columns marked measured are this run's."
 
@@ -36,14 +37,14 @@ def scoring_table(summary: pd.DataFrame, facts: dict, paper: pd.DataFrame | None
 
     summary : rows of `speed.summarise`; paper : `published.read()`.
     """
-    paper = published.read() if paper is None else paper
+    paper = read() if paper is None else paper
     theirs = paper[(paper["table"] == "T5") & (paper["model"] == PAPER_MODEL)]
     rows = []
     for row in summary[summary["implementation"] != "ablation"].to_dict("records"):
         values = theirs[theirs["method"] == PAPER_LOOPS.get(row["contestant"])].set_index("metric")["value"]
         rows.append(
             {
-                "Criterion": " + ".join(label(name) for name in row["criterion"].split(" + ")),
+                "Criterion": " + ".join(LEGEND.label(name) for name in row["criterion"].split(" + ")),
                 "Scored by": row["contestant"].partition(": ")[2],
                 "Seconds, measured": _spread(row, "seconds", 1, 2),
                 "Tokens/s, measured": f"{row['tokens_per_second']:,.0f}",
@@ -121,7 +122,7 @@ def inference_table(summary: pd.DataFrame, facts: dict, paper: pd.DataFrame | No
 
     summary : rows of `inference.summarise` with the columns ratio and multiple_of.
     """
-    paper = published.read() if paper is None else paper
+    paper = read() if paper is None else paper
     theirs = paper[(paper["table"] == "T4") & (paper["model"] == PAPER_MODEL)]
     dense = summary[summary["model"] == "dense"].set_index("batch_size")
     rows = []
@@ -165,7 +166,7 @@ def correlation_table(correlations: pd.DataFrame, facts: dict) -> Table:
     grouped = correlations.groupby("criterion", sort=False)["spearman"]
     display = pd.DataFrame(
         {
-            "Criterion": [label(name) for name, _ in grouped],
+            "Criterion": [LEGEND.label(name) for name, _ in grouped],
             "Lowest layer": grouped.min().map("{:.5f}".format).to_numpy(),
             "Median layer": grouped.median().map("{:.5f}".format).to_numpy(),
         }
@@ -194,7 +195,7 @@ def cost_bars(summary: pd.DataFrame, facts: dict) -> Figure:
         handles = [mpl.patches.Patch(color=shade, label=name) for name, shade in IMPLEMENTATION_COLOURS.items()]
         fig.legend(handles=handles, loc="outside lower center", ncols=2)
         fig.suptitle(f"{facts['model']}: cost of scoring", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
@@ -214,12 +215,7 @@ def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
             rows = rows.sort_values("ratio")
             dense = rows.iloc[0]
             text = f"batch {batch}, " + ("width as it comes" if multiple == 1 else f"multiple of {multiple}")
-            style = {
-                "color": PAIR_COLOURS[index % 6],
-                "marker": PAIR_MARKERS[index % 6],
-                "linestyle": PAIR_DASHES[index % 6],
-                "label": text,
-            }
+            style = pair_look(index) | {"label": text}
             axes[0].plot(100 * rows["ratio"], dense["first_token"] / rows["first_token"], **style)
             axes[1].plot(100 * rows["ratio"], rows["tokens_per_second"] / dense["tokens_per_second"], **style)
         flops = summary[summary["multiple_of"] == 1].drop_duplicates("ratio").sort_values("ratio")
@@ -232,7 +228,7 @@ def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
         handles, texts = axes[0].get_legend_handles_labels()
         fig.legend(handles, texts, loc="outside lower center", ncols=3)
         fig.suptitle(f"{facts['model']}: speed of generation after pruning", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def correlation_figure(correlations: pd.DataFrame, facts: dict) -> Figure:
@@ -241,13 +237,14 @@ def correlation_figure(correlations: pd.DataFrame, facts: dict) -> Figure:
         fig, ax = plt.subplots(figsize=(7, 3.2))
         for criterion, rows in correlations.groupby("criterion", sort=False):
             distance = np.maximum(1 - rows["spearman"], 1e-7)
-            ax.plot(rows["layer"], distance, marker="o", markersize=3, label=label(criterion), color=colour(criterion))
+            style = {"label": LEGEND.label(criterion), "color": LEGEND.colour(criterion)}
+            ax.plot(rows["layer"], distance, marker="o", markersize=3, **style)
         ax.axhline(1e-3, color="black", linestyle=(0, (5, 2)), linewidth=1, label="target (0.999)")
         ax.set_yscale("log")
         ax.set(xlabel="layer", ylabel="1 - rank correlation with float64\n(lower is better)")
         ax.set_title(f"{facts['model']}: scores in {facts['dtype']} against float64")
         ax.legend(ncols=2)
-    return _closed(fig)
+    return closed(fig)
 
 
 def accumulation_figure(rows: pd.DataFrame, facts: dict) -> Figure:
@@ -264,13 +261,13 @@ def accumulation_figure(rows: pd.DataFrame, facts: dict) -> Figure:
         fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2))
         for ax, (column, (text, scale)) in zip(axes, panels.items(), strict=True):
             streams = scale * rows.groupby(["windows", "stream"])[column].mean().unstack()
-            ax.plot(streams.index, streams.mean(axis=1), color=colour("entropy"), marker="o", markersize=4)
-            ax.fill_between(streams.index, streams.min(axis=1), streams.max(axis=1), color=colour("entropy"), alpha=0.2)
+            ax.plot(streams.index, streams.mean(axis=1), color=LEGEND.colour(REFERENCE), marker="o", markersize=4)
+            ax.fill_between(streams.index, streams.min(axis=1), streams.max(axis=1), color=LEGEND.colour(REFERENCE), alpha=0.2)
             ax.set_xscale("log")
             ax.set(xlabel="windows (log scale)", ylabel=text)
         source = f"streams resampled from {facts['accumulation_windows']} windows"
         fig.suptitle(f"{facts['model']}: entropy importance summed in bfloat16 ({source})", fontsize=10)
-    return _closed(fig)
+    return closed(fig)
 
 
 def accumulation_sentence(rows: pd.DataFrame, facts: dict) -> str:
@@ -332,9 +329,3 @@ def _spread(row, column, scale, decimals, low=None, high=None):
 
 def _published(values, metric, form, applies=True):
     return form.format(values[metric]) if applies and metric in values else ABSENT
-
-
-def _closed(fig):
-    # A figure that pyplot still holds would be shown twice by a notebook and kept in memory.
-    plt.close(fig)
-    return fig

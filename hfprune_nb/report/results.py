@@ -1,4 +1,4 @@
-"""A study's evaluation artifacts as tidy frames, their columns in the tables, and the protocol behind them."""
+"""A study's artifacts as tidy frames: evaluations, scores, kept neurons, experiments."""
 
 import json
 from collections.abc import Iterable
@@ -7,20 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import by_layer
 from hfprune_nb.report import intervals
+from hfprune_nb.report.style import DENSE, UNIFORM, Legend, series
 
-CRITERIA = ("one_hot_ce", "self_distillation", "entropy")
-ORDER = ("dense", *CRITERIA, "magnitude", "random")
-LABELS = {
-    "dense": "Dense",
-    "one_hot_ce": "One-hot CE",
-    "self_distillation": "Self-distillation",
-    "entropy": "Entropy (HFPrune)",
-    "magnitude": "Magnitude",
-    "random": "Random",
-}
 NO_ACCURACY = "pct_stereotype"
 FIDELITY = ("js", "kl", "jaccard15", "top1")
 MEASURES = {
@@ -33,24 +27,11 @@ MEASURES = {
     "top1": "top-1 agreement",
 }
 UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "jaccard15": "", "top1": "%"}
+
 # What no value can leave, so that no interval does.
 LIMITS = {"task": (0, 100), "average": (0, 100), "js": (0, 1), "kl": (0, np.inf), "jaccard15": (0, 1), "top1": (0, 100)}
 LOWER_IS_BETTER = ("perplexity", "js", "kl")
 FRAME_NAMES = {"items": "benchmark tasks", "perplexity": "perplexity", "fidelity": "fidelity to the dense model"}
-SETTINGS = (
-    ("dtype", "dtype"),
-    ("device", "device"),
-    ("lm-eval", "lm_eval"),
-    ("limit", "limit"),
-    ("batch size", "batch_size"),
-    ("BOS", "bos"),
-    ("window length", "seq_len"),
-    ("model revision", "model_revision"),
-    ("torch", "torch"),
-    ("transformers", "transformers"),
-    ("hardware", "hardware"),
-    ("commit", "commit"),
-)
 KEYS = ["model", "criterion", "ratio", "seed"]
 COLUMNS = {
     "items": ("task", "doc_id", "metric", "value"),
@@ -67,7 +48,7 @@ class Results:
     models: one row per evaluation (achieved_ratio, neuron_ratio, parameters). items, perplexity, fidelity, next_tokens:
     the evaluation artifact's rows; fidelity holds all positions of a window, fidelity_positions also its low- and
     high-entropy ones apart (column positions). tasks: one row per model and task (metric, shots, version, evaluated and
-    available items, source).
+    available items, source). legend: order, names and looks of the criteria.
     """
 
     models: pd.DataFrame
@@ -79,6 +60,7 @@ class Results:
     tasks: pd.DataFrame
     protocols: list[dict]
     notes: list[str]
+    legend: Legend
 
     @property
     def model_names(self) -> list[str]:
@@ -102,42 +84,38 @@ class Column:
     corpus: str = ""
 
 
-def label(criterion: str) -> str:
-    """Return a criterion's name for readers; a criterion that the kit does not know keeps its own."""
-    return LABELS.get(criterion, criterion)
-
-
-def in_order(criteria: Iterable[str]) -> list[str]:
-    """Return criteria in the order of every table and legend: dense, the paper's three, the controls, any others."""
-    return sorted(set(criteria), key=rank)
-
-
-def rank(criterion: str) -> tuple[int, str]:
-    """Return the sort key behind `in_order`."""
-    return ORDER.index(criterion) if criterion in ORDER else len(ORDER), criterion
-
-
 def percent(ratio: float) -> str:
     """Return a ratio as per cent without trailing zeros, "20 %"."""
     return f"{100 * ratio:.4g} %"
 
 
+def percents(ratios: Iterable[float]) -> str:
+    """Return ratios as "10 %, 20 %"."""
+    return ", ".join(percent(ratio) for ratio in ratios)
+
+
 def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensation: str = "none") -> Results:
     """Read evaluation artifacts into tidy frames; `Results.notes` says what is missing.
 
-    Models that were tuned or repaired after pruning are left to the recovery tables (`controls`), which ask for them by
+    Models that were tuned or compensated after pruning are left to the recovery tables (`tuning`), which ask for them by
     `tuned` and `compensation`: they would mix the effect of a criterion with that of a recipe. Raises UserError when there
-    is no folder, an artifact is damaged or incomplete, or two evaluations describe the same model, criterion, ratio and seed.
+    is no folder, an artifact is corrupt or incomplete, or two evaluations describe the same model, criterion, ratio and seed.
     """
     folders = [Path(folder) for folder in evaluation_folders]
     if not folders:
         raise UserError("evaluations is empty: run the evaluation stage (05) of this study first")
     read = [(read_summary(folder), folder) for folder in folders]
-    plain = [(summary, folder) for summary, folder in read if variant(summary) == (tuned, compensation)]
+    plain = [(summary, folder) for summary, folder in read if treatment(summary) == (tuned, compensation)]
     if not plain:
-        raise UserError("evaluations holds tuned or repaired models only: add the evaluations (05) of the pruned ones")
+        raise UserError("evaluations holds tuned or compensated models only: add the evaluations (05) of the pruned ones")
+    names = Legend(spec for summary, _ in read for spec in specs(summary))
+
+    def reading_order(evaluation: tuple[dict, Path]) -> tuple:
+        row = _model_row(evaluation[0])
+        return row["model"], row["ratio"], names.order(row["criterion"]), row["seed"]
+
     # Artifacts come in the order of their hashes, which means nothing to a reader.
-    summaries, folders = zip(*sorted(plain, key=_reading_order), strict=True)
+    summaries, folders = zip(*sorted(plain, key=reading_order), strict=True)
     models = pd.DataFrame([_model_row(summary) for summary in summaries])
     repeated = models[models.duplicated(KEYS, keep=False)]
     if len(repeated):
@@ -161,15 +139,15 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     notes += [
         f"{name}: the dense model was not evaluated."
         for name in models["model"].unique()
-        if "dense" not in set(models.loc[models["model"] == name, "criterion"])
+        if DENSE not in set(models.loc[models["model"] == name, "criterion"])
     ]
     notes += list(dict.fromkeys(note for summary in summaries for note in summary.get("notes", [])))
     notes += list(dict.fromkeys(sentence for summary in summaries for sentence in summary.get("skipped", {}).values()))
     if not tuned and compensation == "none" and (left := len(read) - len(plain)):
-        notes.append(f"{left} evaluations of tuned or repaired models are not shown here.")
+        notes.append(f"{left} evaluations of tuned or compensated models are not shown here.")
     tasks = _task_facts(summaries, frames["items"])
     protocols = [made_with(folder) | summary["protocol"] for folder, summary in zip(folders, summaries, strict=True)]
-    return Results(models=models, tasks=tasks, protocols=protocols, notes=notes, **frames)
+    return Results(models=models, tasks=tasks, protocols=protocols, notes=notes, legend=names, **frames)
 
 
 def made_with(folder: Path) -> dict:
@@ -179,30 +157,35 @@ def made_with(folder: Path) -> dict:
         return {}
     card = json.loads(path.read_text(encoding="utf-8"))
     found = {name: card["versions"].get(name) for name in ("torch", "transformers")}
-    place = card["facts"].get("hardware") or f"{card['cpu_count']} processors ({card['platform'].partition('-')[0]})"
-    found["hardware"] = f"{place}, of which {card['threads']} used"
+    machine = card["facts"].get("hardware") or f"{card['cpu_count']} processors ({card['platform'].partition('-')[0]})"
+    found["hardware"] = f"{machine}, of which {card['threads']} used"
     commit = card["git"]["commit"]
     return found | {"commit": commit and commit[:12] + (" with changes" if card["git"]["dirty"] else "")}
 
 
-def variant(summary: dict) -> tuple[bool, str]:
-    """Return whether the evaluated model was tuned, and how it was repaired after pruning."""
+def treatment(summary: dict) -> tuple[bool, str]:
+    """Return whether the evaluated model was tuned, and how it was compensated for its loss."""
     return bool(summary.get("tuned")), summary.get("compensation", "none")
 
 
-def _reading_order(evaluation: tuple[dict, Path]) -> tuple:
-    row = _model_row(evaluation[0])
-    return row["model"], row["ratio"], rank(row["criterion"]), row["seed"]
+def specs(facts: dict) -> list:
+    """Return the specs of the criteria, each with its allocation's, that an artifact's facts name; none for the dense model."""
+    if facts.get("criterion") == DENSE:
+        return []
+    allocation = facts.get("allocation_spec", facts.get("allocation", UNIFORM))
+    return [(spec, allocation) for spec in facts.get("criteria") or [facts.get("criterion_spec", facts["criterion"])]]
+
+
+def legend(folders: Iterable[Path]) -> Legend:
+    """Return order, names and looks of the criteria that artifacts of any stage name."""
+    kinds = ("scores", "pruning", "summary", "experiments")
+    files = [path for folder in folders for kind in kinds if (path := Path(folder) / f"{kind}.json").is_file()]
+    return Legend(spec for path in files for spec in specs(_facts(path)))
 
 
 def read_summary(folder: Path) -> dict:
-    """Return an evaluation's summary.json; raises UserError where it is missing, damaged or incomplete."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no evaluation artifact, it has no summary.json: name one of stage 05") from None
-    except json.JSONDecodeError:
-        raise UserError(f"{folder / 'summary.json'} is damaged: delete the folder and rerun") from None
+    """Return an evaluation's summary.json; raises UserError where it is missing, corrupt or incomplete."""
+    summary = _facts(folder / "summary.json", "name an evaluation of stage 05")
     if missing := [name for name in ("model", "criterion", "ratio", "seed", "protocol") if name not in summary]:
         raise UserError(f"{folder / 'summary.json'} lacks {missing[0]!r}: delete the folder and rerun the evaluation")
     return summary
@@ -212,7 +195,7 @@ def _model_row(summary: dict) -> dict:
     ratio = summary["ratio"] if summary["ratio"] is not None else summary.get("achieved_ratio")
     return {
         "model": summary["model"],
-        "criterion": summary["criterion"],
+        "criterion": series(summary["criterion"], summary.get("allocation", UNIFORM)),
         "ratio": round(float(ratio or 0), 4),
         # Frames cannot be pivoted on a missing seed, and a dense model has none.
         "seed": -1 if summary["seed"] is None else int(summary["seed"]),
@@ -231,7 +214,7 @@ def _stack(name: str, folders: tuple[Path, ...], models: pd.DataFrame) -> pd.Dat
         try:
             part = pd.read_parquet(path)
         except (OSError, ValueError):
-            raise UserError(f"{path} is damaged: delete the folder and rerun") from None
+            raise UserError(f"{path} is corrupt: delete the folder and rerun") from None
         if part.empty:
             continue
         if missing := [column for column in COLUMNS[name] if column not in part]:
@@ -299,101 +282,69 @@ def sample(results: Results, column: Column, model: str, criterion: str, ratio: 
     return frame.assign(value=scale * frame[column.measure].astype(float))[["seed", "item", "weight", "value"]]
 
 
-def protocol_note(results: Results) -> str:
-    """Return the paragraph printed under each table: what was measured, how, on how much, and the artifacts' notes."""
-    sentences = [_model_sentence(results, model) for model in results.model_names]
-    values = {name: _values(results.protocols, key) for name, key in SETTINGS}
-    settings = [f"{name} {value}" for name, value in values.items() if value]
-    sentences.append("Settings: " + ", ".join(settings) + "." if settings else "")
-    seeds = sorted(set(results.models["seed"]) - {-1})
-    sentences += list(dict.fromkeys(_scoring_sentence(protocol) for protocol in results.protocols))
-    sentences.append(f"Calibration seeds: {', '.join(map(str, seeds))}." if seeds else "No calibration seed.")
-    for model in results.model_names:
-        facts = results.tasks[results.tasks["model"] == model]
-        if len(facts):
-            prefix = f"Tasks of {model}: " if len(results.model_names) > 1 else "Tasks: "
-            told = [_task_sentence(row, results.protocols) for row in facts.to_dict("records")]
-            sentences.append(prefix + "; ".join(told) + ".")
-    held_out = (("Perplexity", results.perplexity, "tokens", "tokens"), ("Fidelity", results.fidelity, "compared", "positions"))
-    for name, frame, size, unit in held_out:
-        told = [
-            f"{part['window'].nunique()} windows of {corpus} ({part[size].max()} {unit} each)"
-            for corpus, part in frame.groupby("corpus", sort=False)
-        ]
-        if told:
-            sentences.append(f"{name} on {', '.join(told)}.")
-    return "Protocol. " + " ".join(s for s in [*sentences, *results.notes] if s)
+def scores(scoring_folder: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
+    """Return a scoring artifact's facts and the importance (neurons,) of each layer by criterion, in reading order.
+
+    Higher means keep. Raises UserError when the artifact is corrupt.
+    """
+    facts = _facts(Path(scoring_folder) / "scores.json")
+    tensors = by_layer(_tensors(Path(scoring_folder) / "scores.safetensors"))
+    return facts, {name: tensors[name] for name in Legend(specs(facts)).in_order(tensors)}
 
 
-def protocol(results: Results) -> dict:
-    """Return what `protocol_note` tells for machines: every setting with its distinct values, tasks, text, seeds, notes."""
-    settings: dict[str, list] = {}
-    for found in results.protocols:
-        for name, value in found.items():
-            if name != "tasks" and value is not None and value not in settings.setdefault(name, []):
-                settings[name].append(value)
-    held_out = {
-        name: frame.groupby("corpus", sort=False)["window"].nunique().to_dict()
-        for name, frame in (("perplexity", results.perplexity), ("fidelity", results.fidelity))
-    }
-    return {
-        "models": json.loads(results.models.to_json(orient="records")),
-        "settings": settings,
-        "tasks": json.loads(results.tasks.to_json(orient="records")),
-        "held_out_windows": held_out,
-        "calibration_seeds": sorted({int(seed) for seed in results.models["seed"]} - {-1}),
-        "notes": results.notes,
-    }
+def first_seeds(scoring_folders: Iterable[Path]) -> dict[str, Path]:
+    """Return for each model the scoring artifact of its smallest seed."""
+    found = {}
+    for folder in map(Path, scoring_folders):
+        facts = _facts(folder / "scores.json")
+        found.setdefault(facts["model"], []).append((facts["seed"] or 0, folder))
+    return {model: min(folders)[1] for model, folders in sorted(found.items())}
 
 
-def write_protocol(results: Results, folder: Path) -> Path:
-    """Write `protocol` as `protocol.json` beside the tables; return its path."""
-    path = Path(folder) / "protocol.json"
-    path.write_text(json.dumps(protocol(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return path
+def snapshots(scoring_folder: Path) -> dict[str, dict[int, list[np.ndarray]]]:
+    """Return criterion -> number of windows -> importance by layer of a scoring; empty where no criterion read text."""
+    path = Path(scoring_folder) / "snapshots.safetensors"
+    found: dict[str, dict[int, list[np.ndarray]]] = {}
+    for name, rows in by_layer(_tensors(path) if path.exists() else {}).items():
+        criterion, _, n = name.rpartition("/")
+        found.setdefault(criterion, {})[int(n)] = rows
+    names = Legend(specs(_facts(Path(scoring_folder) / "scores.json")))
+    return {criterion: found[criterion] for criterion in names.in_order(found)}
 
 
-def _scoring_sentence(protocol: dict) -> str:
-    if not (text := protocol.get("calibration")):
-        return ""  # the dense model is not scored
-    words = f"Scored on {text['n_windows']} windows of {text['seq_len']} tokens of {text['corpus']}"
-    if text.get("bos") not in (None, protocol.get("bos")):
-        words += f" {'with' if text['bos'] else 'without'} BOS"
-    if setting := protocol.get("scoring"):
-        words += f" in {setting['dtype']}, aggregated by {setting['aggregation']}; self-distillation with alpha"
-        words += f" {setting['alpha']:g}, temperature {setting['temperature']:g}, after a first stage of"
-        words += f" {percent(setting['first_stage_ratio'])} of the neurons"
-    return words + "."
+def kept(pruning_folder: Path) -> tuple[dict, list[np.ndarray]]:
+    """Return a pruning artifact's facts and each layer's kept neuron indices. Raises UserError when it is corrupt."""
+    tensors = _tensors(Path(pruning_folder) / "kept.safetensors")
+    return _facts(Path(pruning_folder) / "pruning.json"), [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
 
 
-def _values(protocols: list[dict], key: str) -> str:
-    found = dict.fromkeys(json.dumps(p[key]) for p in protocols if p.get(key) is not None)
-    # A limit of 0 means all items, which the sentence on tasks says better.
-    words = {"true": "yes", "false": "no", "0": "none"}
-    return " and ".join(words.get(value, value.strip('"')) for value in found)
+def experiment(folder: Path) -> dict:
+    """Return the facts of an experiments artifact (08). Raises UserError when it is missing or corrupt."""
+    return _facts(Path(folder) / "experiments.json", "run stage 08 of this study")
 
 
-def _model_sentence(results: Results, model: str) -> str:
-    rows = results.models[results.models["model"] == model]
-    dense = rows.loc[rows["criterion"] == "dense", "parameters"]
-    size = f", {dense.iloc[0] / 1e6:,.1f} M parameters dense" if len(dense) and pd.notna(dense.iloc[0]) else ""
-    achieved = rows[rows["criterion"] != "dense"].groupby("ratio")[["achieved_ratio", "neuron_ratio"]].mean()
-    ratios = [
-        f"{percent(ratio)} (achieved {percent(row.achieved_ratio)}, {percent(row.neuron_ratio)} of the MLP neurons)"
-        for ratio, row in achieved.astype(float).iterrows()
-    ]
-    return f"Model {model}{size}" + (f"; ratios of all parameters {', '.join(ratios)}." if ratios else ".")
+def importance_by_corpus(folder: Path) -> dict[str, dict[str, list[np.ndarray]]]:
+    """Return corpus -> criterion -> importance by layer of an experiments artifact (08)."""
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    for name, rows in by_layer(_tensors(Path(folder) / "corpora.safetensors")).items():
+        corpus, _, criterion = name.rpartition("/")
+        found.setdefault(corpus, {})[criterion] = rows
+    return found
 
 
-def _task_sentence(row: dict, protocols: list[dict]) -> str:
-    known = {name: row[name] for name in ("metric", "shots", "version", "source") if pd.notna(row[name])}
-    words = {"metric": "{}", "shots": "{:g}-shot", "version": "version {}", "source": "{} data"}
-    limits = [p["limit"] for p in protocols if p.get("limit")]
-    total = row["available"] if pd.notna(row["available"]) else row["items"]
-    if pd.notna(total) and row["evaluated"] < total:
-        count = f"limited run: {row['evaluated']} of {total:g} items"
-    elif limits and row["evaluated"] >= min(limits):
-        count = f"limited run: the first {row['evaluated']} items"
-    else:
-        count = f"{row['evaluated']} items"
-    return f"{row['task']} ({', '.join([words[name].format(value) for name, value in known.items()] + [count])})"
+def _facts(path: Path, remedy: str = "name finished artifacts of the study") -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {remedy}") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is corrupt: delete its folder and rerun") from None
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: name finished artifacts of the study") from None
+    except SafetensorError:
+        raise UserError(f"{path} is corrupt: delete its folder and rerun") from None

@@ -1,0 +1,250 @@
+"""What is left of the model under each criterion: the main table, the overview, curves against the ratio, the findings."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from hfprune_nb.errors import UserError
+from hfprune_nb.report import intervals
+from hfprune_nb.report.beside_paper import paper_cells, paper_sentences
+from hfprune_nb.report.paired import detectable_sentences, pair_sentence
+from hfprune_nb.report.protocol import protocol_note
+from hfprune_nb.report.results import MEASURES, UNITS, Results, columns, percent, sample
+from hfprune_nb.report.style import AXIS_LABELS, DENSE, STYLE, UNIFORM, Legend, closed, handles_of, message, series
+from hfprune_nb.report.table import ABSENT, Table, format_cell, measure_name, within_limits
+
+INTERVALS = (
+    "Cells are means with 95 % intervals over calibration seeds and items, each with the degrees of freedom that its number "
+    "gives (Behrens and Fisher); over items only where there is one seed or none. In simulation they cover 95 % or more with "
+    "two seeds and with more, whatever part of the variance is the seeds': few seeds show in the width."
+)
+
+
+MARKS = {"better": "▲", "worse": "▼", "": ""}
+
+
+def criterion_table(results: Results) -> Table:
+    """Return the main table: rows dense and each criterion x ratio, columns tasks, average, perplexity and fidelity.
+
+    `long` has the columns model, criterion, ratio, column, measure, label, unit, mean, low, high, n_seeds, n_items,
+    source and note.
+    """
+    rows = []
+    for model in results.model_names:
+        of_model = results.models[results.models["model"] == model]
+        pairs = set(zip(of_model["criterion"], of_model["ratio"], strict=True))
+        ordered = sorted(pairs, key=lambda pair: (pair[1], results.legend.order(pair[0])))
+        for (criterion, ratio), column in itertools.product(ordered, columns(results, model)):
+            interval = _cell(sample(results, column, model, criterion, ratio), column.measure)
+            rows.append(
+                {
+                    "model": model,
+                    "criterion": criterion,
+                    "ratio": ratio,
+                    "column": column.name,
+                    "measure": column.measure,
+                    "label": column.label,
+                    "unit": UNITS[column.measure],
+                    "mean": interval.mean,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "n_seeds": interval.n_seeds,
+                    "n_items": interval.n_items,
+                    "source": "measured",
+                    "note": interval.note,
+                }
+            )
+    if not rows:
+        raise UserError("the evaluations hold no task, perplexity or fidelity: rerun stage 05 with one of them")
+    long = pd.DataFrame(rows)
+    if (allocated := long["criterion"].str.partition("@")[2]).nunique() > 1:
+        long.insert(2, "allocation", allocated.where(allocated != "", UNIFORM))
+    display = _display(long, format_cell, results.legend).drop(columns=["Model"] if len(results.model_names) == 1 else [])
+    title = "Dense and pruned models by criterion and ratio of all parameters removed (measured)"
+    notes = (INTERVALS, *_cell_notes(long, results.legend), protocol_note(results))
+    return Table("criterion", title, long, display, notes, results.legend)
+
+
+def _cell(frame: pd.DataFrame, measure: str) -> intervals.Interval:
+    if frame.empty:
+        return intervals.Interval(np.nan, np.nan, np.nan, 0, 0, "not measured")
+    if not np.isfinite(frame["value"]).all():
+        return intervals.Interval(np.nan, np.nan, np.nan, frame["seed"].nunique(), len(frame), "not finite")
+    return within_limits(intervals.mean_interval(frame), measure)
+
+
+def _display(long: pd.DataFrame, text: Callable[[dict], str], legend: Legend) -> pd.DataFrame:
+    rows = []
+    for (model, ratio, criterion), cells in long.groupby(["model", "ratio", "criterion"], sort=False):
+        row = {"Model": model, "Ratio": percent(ratio), "Criterion": legend.label(criterion), "Seeds": _seed_count(cells)}
+        rows.append(row | {c["label"]: text(c) for c in cells.to_dict("records")})
+    return pd.DataFrame(rows).fillna(ABSENT)
+
+
+def _seed_count(cells: pd.DataFrame) -> str:
+    return ABSENT if (cells["criterion"] == DENSE).all() else str(cells["n_seeds"].max())
+
+
+def _cell_notes(long: pd.DataFrame, legend: Legend) -> list[str]:
+    """Return the remarks of single cells as sentences, leaving out what every table says anyway."""
+    told = long[long["note"].str.contains("left out|not finite")]
+    return [
+        f"{cell['model']}, {legend.label(cell['criterion'])} at {percent(cell['ratio'])}, {cell['label']}: {cell['note']}."
+        for cell in told.to_dict("records")
+    ]
+
+
+def overview_table(criterion: Table, paired: Table) -> Table:
+    """Return the study at a glance: average of tasks, perplexity and JS distance on the first corpus, marked against entropy
+    or, without it, the first criterion.
+
+    `criterion` and `paired` are the results of `criterion_table` and `paired_table`. `long` has their cells and the column
+    `against_reference`: better, worse, or nothing where the paired difference is not decided after Holm's correction.
+    """
+    shown = criterion.long[criterion.long["measure"].isin(("average", "perplexity", "js"))]
+    firsts = shown.drop_duplicates(["model", "measure"])[["model", "column"]]
+    long = shown.merge(firsts, on=["model", "column"])
+    verdicts = {
+        (row["model"], row["ratio"], row["column"], frozenset([row["a"], row["b"]])): row["verdict"]
+        for row in paired.long.to_dict("records")
+    }
+    legend = criterion.legend
+    reference = legend.reference(long["criterion"])
+    long["against_reference"] = [_against(reference, cell, verdicts, legend) for cell in long.to_dict("records")]
+    display = _display(long, lambda cell: f"{format_cell(cell)} {MARKS[cell['against_reference']]}".rstrip(), legend)
+    display = display.drop(columns=["Model"] if long["model"].nunique() == 1 else [])
+    note = (
+        f"{MARKS['better']} better, {MARKS['worse']} worse than {legend.label(reference)} on the same items and seeds, after "
+        f"Holm's correction (paired table). Without a mark: this study cannot tell them apart. {_untested(long, legend)}"
+    )
+    return Table("overview", "The study at a glance (measured)", long, display, (note.strip(), *criterion.notes), legend)
+
+
+def _against(reference: str, cell: dict, verdicts: dict, legend: Legend) -> str:
+    pair = frozenset([cell["criterion"], series(reference, cell["criterion"].partition("@")[2] or UNIFORM)])
+    verdict = verdicts.get((cell["model"], cell["ratio"], cell["column"], pair), "")
+    if not verdict.endswith(" better"):
+        return ""
+    return "better" if verdict == f"{legend.label(cell['criterion'])} better" else "worse"
+
+
+def _untested(long: pd.DataFrame, legend: Legend) -> str:
+    left = set(long["criterion"]) - {DENSE, *legend.compared(long["criterion"])}
+    return f"Baselines, which have no test: {', '.join(map(legend.label, legend.in_order(left)))}." if left else ""
+
+
+def against_ratio(criterion: Table, model: str) -> Figure:
+    """Draw the average of tasks, perplexity (log axis) and JS against the ratio, a line and band per criterion.
+
+    `criterion` is `criterion_table`; the dense model is a horizontal line.
+    """
+    cells, legend = criterion.long[(criterion.long["model"] == model) & criterion.long["mean"].notna()], criterion.legend
+    names = [
+        name
+        for measure in ("average", "perplexity", "js")
+        for name in cells.loc[(cells["measure"] == measure) & (cells["criterion"] != DENSE), "column"].unique()
+        if name != "average_without_crows"
+    ]
+    if not names:
+        return message(f"No pruned model of {model} was evaluated: nothing to draw against the ratio.")
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    with mpl.rc_context(STYLE):
+        fig, axes = plt.subplots(down, across, figsize=(0.6 + 3.3 * across, 0.9 + 2.8 * down), squeeze=False)
+        for ax, name in zip(axes.flat, names, strict=False):
+            _ratio_panel(ax, cells[cells["column"] == name], legend)
+        for ax in axes.flat[len(names) :]:
+            ax.set_axis_off()
+        handles = handles_of(axes)
+        order = [text for text in map(legend.label, legend.in_order(cells["criterion"])) if text in handles]
+        fig.legend([handles[text] for text in order], order, loc="outside lower center", ncols=min(6, 2 * across))
+        fig.suptitle(f"{model}: what is left after pruning, 95 % intervals", fontsize=10)
+    return closed(fig)
+
+
+def _ratio_panel(ax, cells: pd.DataFrame, legend: Legend) -> None:
+    measure, name = cells["measure"].iloc[0], cells["column"].iloc[0]
+    for dense in cells[(cells["criterion"] == DENSE) & (measure != "js")].to_dict("records"):
+        ax.axhline(dense["mean"], color=legend.colour(DENSE), linewidth=1, label=legend.label(DENSE))
+        ax.axhspan(dense["low"], dense["high"], color=legend.colour(DENSE), alpha=0.08, linewidth=0)
+    for criterion in legend.in_order(cells.loc[cells["criterion"] != DENSE, "criterion"]):
+        line = cells[cells["criterion"] == criterion].sort_values("ratio")
+        ax.plot(100 * line["ratio"], line["mean"], label=legend.label(criterion), **legend.look(criterion))
+        band = {"color": legend.colour(criterion), "alpha": 0.15, "linewidth": 0}
+        ax.fill_between(100 * line["ratio"], line["low"], line["high"], **band)
+    if measure == "perplexity":
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value >= 1e5 else f"{value:,.4g}")
+        ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    ax.set_xticks(sorted(100 * cells.loc[cells["criterion"] != DENSE, "ratio"].unique()))
+    corpus = name.partition(":")[2]
+    ax.set(title=f"{MEASURES[measure]}, {corpus}" if corpus else MEASURES[measure])
+    ax.set(xlabel="parameters removed, %", ylabel=AXIS_LABELS[measure])
+
+
+def findings(criterion: Table, paired: Table, paper: Path | None = None) -> list[str]:
+    """Return what the study found as sentences, each generated from `criterion_table` and `paired_table`.
+
+    No sentence calls one criterion better unless the paired interval excludes zero, also after Holm's correction.
+    """
+    sentences = []
+    for model in criterion.long["model"].unique():
+        cells = criterion.long[(criterion.long["model"] == model) & criterion.long["mean"].notna()]
+        for measure in ("average", "perplexity"):
+            shown = cells[cells["measure"] == measure]
+            # The first average holds all tasks; the first corpus stands for perplexity, the table has the others.
+            sentences += _level_sentences(model, shown[shown["column"] == shown["column"].min()], criterion.legend)
+        differences = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
+        by_pair = differences.groupby(["a", "b"], sort=False)
+        sentences += [pair_sentence(model, *pair, part, criterion.legend) for pair, part in by_pair]
+        sentences += detectable_sentences(model, differences)
+    average = paired.long[(paired.long["column"] == "average") & paired.long["low"].notna()]
+    sentences += carried_by_one_task(criterion, average)
+    return sentences + paper_sentences(average, paper_cells(("T6",), paper), criterion.legend)
+
+
+def _level_sentences(model: str, cells: pd.DataFrame, legend: Legend) -> list[str]:
+    if cells.empty:
+        return []
+    column, measure = cells[["column", "measure"]].iloc[0]
+    name = measure_name(column, measure)
+    unit = " %" if UNITS[measure] == "%" else ""
+    dense = cells[cells["criterion"] == DENSE].to_dict("records")
+    against = f" (dense {format_cell(dense[0])}{unit})" if dense else ""
+    return [
+        f"{model}, {percent(ratio)} of all parameters removed: {name} is "
+        + ", ".join(f"{format_cell(cell)}{unit} for {legend.label(cell['criterion'])}" for cell in part.to_dict("records"))
+        + f"{against}."
+        for ratio, part in cells[cells["criterion"] != DENSE].groupby("ratio")
+    ]
+
+
+def carried_by_one_task(criterion: Table, average: pd.DataFrame) -> list[str]:
+    """Return a sentence for each difference between averages that has a verdict and of which one task makes more than half.
+
+    `criterion` is `criterion_table`, `average` the rows of `paired_table` on the average of tasks.
+
+    One task in which all of a model's answers tip over together can carry an average of nine.
+    """
+    sentences, tasks = [], criterion.long[criterion.long["measure"] == "task"]
+    for row in average.to_dict("records"):
+        if not row["verdict"].endswith(" better"):
+            continue
+        a, b = criterion.legend.label(row["a"]), criterion.legend.label(row["b"])
+        here = tasks[(tasks["model"] == row["model"]) & (tasks["ratio"] == row["ratio"])]
+        scores = here.pivot(index="column", columns="criterion", values="mean")
+        shares = (scores[row["a"]] - scores[row["b"]]) / len(scores)
+        task = (shares * np.sign(row["mean"])).idxmax()
+        if shares[task] / row["mean"] > 0.5:
+            sentences.append(
+                f"{row['model']} at {percent(row['ratio'])}: of the {row['mean']:+.1f} points between the averages of "
+                f"{a} and {b}, {task} alone makes {shares[task]:+.1f}."
+            )
+    return sentences

@@ -1,0 +1,275 @@
+"""Do two criteria differ? Differences paired on the same items and seeds: table, forest plot, sentences."""
+
+import itertools
+from dataclasses import replace
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from hfprune_nb.report import intervals
+from hfprune_nb.report.protocol import protocol_note
+from hfprune_nb.report.results import LOWER_IS_BETTER, Results, columns, percent, sample
+from hfprune_nb.report.style import DENSE, STYLE, Legend, closed, message, pair_look
+from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, digits_of, format_difference, format_p, measure_label, measure_name
+
+PAIRED = [
+    "model",
+    "ratio",
+    "column",
+    "measure",
+    "a",
+    "b",
+    "mean",
+    "low",
+    "high",
+    "p",
+    "p_items",
+    "standard_error",
+    "seed_share",
+    "n_seeds",
+    "n_items",
+    "note",
+]
+
+
+PAIRED_DISPLAY = [
+    "Model",
+    "Measure",
+    "Ratio",
+    "A - B",
+    "Difference",
+    "p",
+    "p (Holm)",
+    "p (items)",
+    "Detectable",
+    "Seeds",
+    "Items",
+    "Verdict",
+]
+
+
+def paired_table(results: Results) -> Table:
+    """Return the differences A - B of the pairs in `Legend.pairs` by ratio, paired on the same items and calibration seeds.
+
+    Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is over seeds and items,
+    `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` over items for these seeds
+    (`intervals.paired_difference`); all three test the difference that is printed. `seed_share` is the part of the seeds in
+    the variance, `detectable` the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's
+    strictest level (`intervals.Errors.detectable`). With one common seed there is neither p nor detectable.
+    """
+    rows = []
+    for model in results.model_names:
+        of_model = results.models[(results.models["model"] == model) & (results.models["criterion"] != DENSE)]
+        compared = [c for c in columns(results, model) if c.measure in ("average", *LOWER_IS_BETTER)]
+        for column, ratio in itertools.product(compared, sorted(of_model["ratio"].unique())):
+            for b, a in results.legend.pairs(of_model.loc[of_model["ratio"] == ratio, "criterion"]):
+                sides = [sample(results, column, model, criterion, ratio) for criterion in (a, b)]
+                row = {"model": model, "ratio": ratio, "column": column.name, "measure": column.measure, "a": a, "b": b}
+                rows.append(row | _difference(*sides))
+    long = pd.DataFrame(rows, columns=[*PAIRED, "errors"])
+    long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p)) if rows else []
+    long["verdict"] = [_verdict(row, results.legend) for row in long.to_dict("records")]
+    long["source"] = "measured"
+    families = long.groupby(["model", "column"])["p"].count()
+    sizes = long.groupby(["model", "column"])["p"].transform("count").clip(lower=1)
+    judged = list(zip(long.pop("errors"), long["p"].notna(), sizes, strict=True))
+    long["detectable"] = [errors.detectable() if known else np.nan for errors, known, _ in judged]
+    long["detectable_holm"] = [errors.detectable(size) if known else np.nan for errors, known, size in judged]
+    notes = [
+        "Differences A - B are paired on the same items and calibration seeds; interval and p are over both, with the degrees of "
+        "freedom of the seeds for their part of the variance and those of the items for the rest (Behrens and Fisher). Averages "
+        "in points, perplexity as difference of log-perplexity in nats per token, JS and KL in their own units; lower is better "
+        "for all but averages.",
+        f"Holm's correction is over the {families.max() if len(families) else 0} comparisons (pairs x ratios) of one "
+        "measure on one model: where no criterion differs from another, 5 % of studies or fewer give a verdict on any of them "
+        "(simulated). The items p-value holds for these calibration seeds only, Student's t over items of the difference "
+        "that is printed, and gives no verdict.",
+        "Detectable is the smallest true difference that this study would have found with 80 % chance (two-sided 5 %; after "
+        "the slash at Holm's strictest level), with the same degrees of freedom: smaller ones can neither be seen nor excluded.",
+    ]
+    if (long["verdict"] == ONE_SEED).any():
+        notes.append("One common calibration seed cannot tell a criterion from a lucky text: no p-value, no verdict.")
+    if long.empty:
+        notes.insert(0, "Fewer than two criteria were evaluated at the same ratio: nothing to compare.")
+    display = _paired_display(long, len(results.model_names) > 1, results.legend)
+    title = "Paired differences between criteria (measured)"
+    return Table("paired", title, long, display, (*notes, *_family_notes(long), protocol_note(results)), results.legend)
+
+
+def _difference(a: pd.DataFrame, b: pd.DataFrame) -> dict:
+    unknown = {"n_seeds": 0, "n_items": 0}  # all else is NaN in the frame
+    if a.empty or b.empty:
+        return unknown | {"note": "not measured"}
+    if not (np.isfinite(a["value"]).all() and np.isfinite(b["value"]).all()):
+        return unknown | {"note": "not finite"}
+    if not set(a["seed"]) & set(b["seed"]):
+        return unknown | {"note": "no common seed"}
+    difference = intervals.paired_difference(a, b)
+    return vars(difference) | {"standard_error": difference.errors.total, "seed_share": difference.errors.seed_share}
+
+
+def _verdict(row: dict, legend: Legend) -> str:
+    if pd.isna(row["low"]):
+        return "no interval"
+    if pd.isna(row["p"]):
+        return ONE_SEED
+    if not (row["low"] > 0 or row["high"] < 0):
+        return "interval crosses zero"
+    better = "b" if (row["mean"] > 0) == (row["measure"] in LOWER_IS_BETTER) else "a"
+    return f"{legend.label(row[better])} better" + (", not after Holm" if row["p_holm"] >= 1 - intervals.LEVEL else "")
+
+
+def _paired_display(long: pd.DataFrame, several_models: bool, legend: Legend) -> pd.DataFrame:
+    rows = [
+        {
+            "Model": row["model"],
+            "Measure": measure_label(row["column"], row["measure"]),
+            "Ratio": percent(row["ratio"]),
+            "A - B": f"{legend.label(row['a'])} - {legend.label(row['b'])}",
+            "Difference": format_difference(row),
+            "p": format_p(row["p"]),
+            "p (Holm)": format_p(row["p_holm"]),
+            "p (items)": format_p(row["p_items"]),
+            "Detectable": _format_detectable(row),
+            "Seeds": str(row["n_seeds"]),
+            "Items": str(row["n_items"]),
+            "Verdict": row["verdict"],
+        }
+        for row in long.to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=PAIRED_DISPLAY).drop(columns=[] if several_models else ["Model"])
+
+
+def _format_detectable(row: dict) -> str:
+    if pd.isna(row["detectable"]):
+        return ABSENT
+    digits = digits_of(row["measure"])
+    return f"{row['detectable']:.{digits}f} / {row['detectable_holm']:.{digits}f}"
+
+
+def _family_notes(long: pd.DataFrame) -> list[str]:
+    notes = long.loc[long["note"].str.contains("left out|common", na=False), "note"]
+    return [f"Some comparisons: {note}." for note in notes.unique()]
+
+
+def with_detectable(table: Table, paired: Table) -> Table:
+    """Return `table` with a note on the differences that the study could have found, from `paired_table`.
+
+    Tables made from it (`ablation_table`, `fidelity_table`) keep the note.
+    """
+    told = []
+    for (model, column, measure), part in paired.long.groupby(["model", "column", "measure"], sort=False):
+        most = part["detectable"].max()
+        if np.isfinite(most):
+            told.append(f"{model}, {measure_label(column, measure)}: {most:.{digits_of(measure)}f}")
+    if not told:
+        return table
+    note = (
+        "Smallest true difference between two criteria that this study would have found with 80 % chance, the largest over pairs "
+        f"and ratios: {'; '.join(told)}. Smaller ones are found less often, so not finding one does not exclude it; the paired "
+        "table has each comparison."
+    )
+    return replace(table, notes=(*table.notes, note))
+
+
+def forest(paired: Table, model: str) -> Figure:
+    """Draw paired differences between criteria with 95 % intervals, a panel per measure; `paired` is `paired_table`.
+
+    Filled markers: the interval excludes zero, also after Holm's correction; hollow ones: it does not. The side where
+    the first criterion of a pair is better is written below each panel.
+    """
+    rows = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
+    if rows.empty:
+        return message("No two criteria were evaluated on the same seeds and items: no paired difference to draw.")
+    names, ratios = list(rows["column"].unique()), sorted(rows["ratio"].unique())
+    pairs = list(dict.fromkeys(zip(rows["a"], rows["b"], strict=True)))
+    across = min(4 if len(names) > 6 else 3, len(names))
+    down = -(-len(names) // across)
+    height = 0.9 + 0.2 * (len(pairs) + 0.8) * len(ratios)
+    with mpl.rc_context(STYLE):
+        size = (0.9 + 2.7 * across, 0.6 + down * height)
+        fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+        for ax, name in zip(axes.flat, names, strict=False):
+            _forest_panel(ax, rows[rows["column"] == name], pairs, ratios)
+        for ax in axes.flat[len(names) :]:
+            ax.set_axis_off()
+        words = [f"{paired.legend.label(a)} − {paired.legend.label(b)}" for a, b in pairs]
+        handles = [_pair_handle(index, text) for index, text in enumerate(words)]
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(across, 3))
+        title = "paired differences, 95 % intervals (filled: zero excluded, also after Holm)"
+        fig.suptitle(f"{model}: {title}" if across > 1 else f"{model}\n{title}", fontsize=10)
+    return closed(fig)
+
+
+def _pair_handle(index: int, text: str):
+    return mpl.lines.Line2D([], [], label=text, **pair_look(index) | {"linestyle": "none"})
+
+
+def _forest_panel(ax, rows: pd.DataFrame, pairs: list, ratios: list) -> None:
+    step = len(pairs) + 0.8
+    for row in rows.to_dict("records"):
+        index = pairs.index((row["a"], row["b"]))
+        style = pair_look(index)
+        height = ratios.index(row["ratio"]) * step + index
+        certain = row["verdict"].endswith(" better")
+        ax.errorbar(
+            row["mean"],
+            height,
+            xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
+            marker=style["marker"],
+            linestyle="none",
+            color=style["color"],
+            markerfacecolor=style["color"] if certain else "white",
+            elinewidth=1.3,
+            capsize=2.5,
+        )
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks([i * step + (len(pairs) - 1) / 2 for i in range(len(ratios))], [percent(ratio) for ratio in ratios])
+    ax.set_ylim(len(ratios) * step - 0.9, -0.9)
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    ax.grid(axis="y", visible=False)
+    for i in range(1, len(ratios)):
+        ax.axhline(i * step - 0.9, color="#BBBBBB", linewidth=0.6)
+    first = rows.iloc[0]
+    side = "left" if first["measure"] in LOWER_IS_BETTER else "right"
+    ax.set_xlabel(f"difference ({side}: first is better)")
+    ax.set_title(measure_label(first["column"], first["measure"]).replace(", ", "\n"))
+    if ax.get_subplotspec().is_first_col():
+        ax.set_ylabel("parameters removed")
+
+
+def pair_sentence(model: str, a: str, b: str, differences: pd.DataFrame, legend: Legend) -> str:
+    """Return one sentence on a pair of criteria: where which one is better, where the data leave it open."""
+    verdicts = differences["verdict"].where(differences["verdict"].str.endswith(" better"), "undecided")
+    parts = []
+    for verdict in sorted(verdicts.unique(), key=lambda text: text == "undecided"):
+        rows = differences[verdicts == verdict]
+        where = [
+            f"{measure_name(column, measure)} at {', '.join(map(percent, part['ratio']))}"
+            for (column, measure), part in rows.groupby(["column", "measure"], sort=False)
+        ]
+        parts.append(f"{verdict} in {'; '.join(where)}")
+    return f"{model}, {legend.label(a)} against {legend.label(b)}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def detectable_sentences(model: str, differences: pd.DataFrame) -> list[str]:
+    """Return for the average of tasks and the first corpus' perplexity what the study could have found, at its worst."""
+    sentences = []
+    for measure in ("average", "perplexity"):
+        rows = differences[differences["measure"] == measure]
+        rows = rows[rows["column"] == rows["column"].iloc[0]] if len(rows) else rows
+        rows = rows.dropna(subset=["detectable"])
+        if rows.empty:
+            continue
+        least, most, holm = rows["detectable"].min(), rows["detectable"].max(), rows["detectable_holm"].max()
+        digits, found = digits_of(measure), rows["verdict"].str.endswith(" better").sum()
+        name, _, unit = measure_label(rows["column"].iloc[0], measure).partition(", ")
+        sentences.append(
+            f"{model}, {name}: a true difference of {most:.{digits}f} {unit} or more between two criteria would have been found "
+            f"with 80 % chance at every ratio ({least:.{digits}f} in the most precise comparison, {holm:.{digits}f} at Holm's "
+            f"strictest level); {found} of {len(rows)} comparisons found one, and smaller differences cannot be excluded."
+        )
+    return sentences

@@ -1,0 +1,245 @@
+"""How every figure looks, and how it is written."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from hfprune_nb import allocations, criteria
+from hfprune_nb.errors import UserError
+
+# Okabe and Ito's palette, grey, navy and brown: together with markers and dashes told apart with any colour vision, markers
+# and dashes alone in grey print. The first three looks are those of the paper's criteria.
+COLOURS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#7F7F7F", "#56B4E9", "#D55E00", "#000080", "#663300")
+MARKERS = ("s", "^", "o", "D", "X", "v", "P", "*", "<", ">", "p", "h", "d", (4, 1, 0), (3, 1, 0), (6, 1, 0), "8", (5, 1, 36), "H")
+DASHES = ((5, 1.5), (3, 1, 1, 1), (), (1, 1), (1, 2.5), (6, 2, 1, 2), (8, 2))
+HATCHES = ("", "////", "....")
+PAIR_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000080", "#663300")
+PAIR_MARKERS = ("o", "s", "^", "D", "v", "*", "X", "P", "<", ">", "p", "h", "d", (4, 1, 0), (3, 1, 0), (6, 1, 0), "8", "H")
+PAIR_DASHES = ((), (5, 1.5), (3, 1, 1, 1), (1, 1), (6, 2, 1, 2), (2, 2), (8, 2))
+DENSE, DENSE_COLOUR, UNIFORM = "dense", "#000000", "uniform"
+REFERENCE = "entropy"  # the criterion of HFPrune, with which every other one is compared
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "hfprune_nb",
+    "svg.fonttype": "path",
+    "figure.constrained_layout.use": True,
+}
+DOTS_PER_INCH = 180
+AXIS_LABELS = {
+    "task": "accuracy, % (higher is better)",
+    "average": "average of tasks, % (higher is better)",
+    "perplexity": "perplexity, log scale (lower is better)",
+    "js": "JS distance to dense (lower is better)",
+    "kl": "KL to dense, nats (lower is better)",
+    "jaccard15": "top-15 Jaccard with dense (higher is better)",
+    "top1": "top-1 agreement with dense, % (higher is better)",
+}
+
+
+def look(index: int) -> dict:
+    """Return colour, marker and dashes of the criterion in place `index` of a study; they repeat after the last marker."""
+    return _look(index, COLOURS, MARKERS, DASHES)
+
+
+def pair_look(index: int) -> dict:
+    """Return colour, marker and dashes of the pair of criteria in place `index` of a figure."""
+    return _look(index, PAIR_COLOURS, PAIR_MARKERS, PAIR_DASHES)
+
+
+def _look(index: int, colours: tuple, markers: tuple, dashes: tuple) -> dict:
+    index %= len(markers)
+    dash = dashes[index % len(dashes)]
+    return {
+        "color": colours[index % len(colours)],
+        "marker": markers[index],
+        "linestyle": (0, dash) if dash else "solid",
+    }
+
+
+@functools.cache
+def _plain(name: str) -> criteria.Variant:
+    return criteria.variants([name])[0]
+
+
+def _by_name(family, specs: Iterable) -> dict:
+    distinct = {json.dumps(spec, sort_keys=True): spec for spec in specs}
+    return {variant.name: variant for variant in family.variants(distinct.values())}
+
+
+class Legend:
+    """A study's criteria in reading order: how each is called and drawn, and which of them are compared.
+
+    `specs` are those of the study's artifacts, each a criterion's (`criteria.variants`) or a pair of it and its allocation's. A
+    criterion with another allocation than the uniform one is named `criterion@allocation`, as `results.series` does; a name that
+    is not among the specs is the criterion's own. The place among the study's criteria gives each its look, and the paper's three
+    keep theirs whatever else is there.
+    """
+
+    def __init__(self, specs: Iterable = ()):
+        pairs = [spec if isinstance(spec, tuple) else (spec, UNIFORM) for spec in specs]
+        self._criteria = _by_name(criteria, (spec for spec, _ in pairs))
+        self._allocations = _by_name(allocations, (spec for _, spec in pairs if spec != UNIFORM))
+        names = {series(_name(spec), _name(allocation)) for spec, allocation in pairs}
+        others = [name for name in self.in_order(names) if not self._is_of_paper(name)]
+        self._places = {name: 3 + index for index, name in enumerate(others)}
+
+    def _criterion(self, name: str) -> criteria.Variant:
+        name = name.partition("@")[0]
+        return self._criteria.get(name) or _plain(name)
+
+    def _is_of_paper(self, name: str) -> bool:
+        variant = self._criterion(name)
+        return variant.member.rank < 3 and not variant.changed and "@" not in name
+
+    def order(self, name: str) -> tuple:
+        """Return the sort key of a criterion: dense, the paper's three, the others, the baselines."""
+        return (-1,) if name == DENSE else (*self._criterion(name).order, name.partition("@")[2])
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Return the distinct `names` in the order of every table and figure."""
+        return sorted(set(names), key=self.order)
+
+    def label(self, name: str) -> str:
+        """Return a criterion's name for readers, with its allocation where that is not the uniform one."""
+        if name == DENSE:
+            return "Dense"
+        allocation = name.partition("@")[2]
+        return self._criterion(name).label + (f", {self._allocations[allocation].label}" if allocation else "")
+
+    def settings(self, names: Iterable[str]) -> list[str]:
+        """Return a sentence for each of `names` on the numbers that it depends on, also where they are its defaults."""
+        told = []
+        for name in dict.fromkeys(name.partition("@")[0] for name in self.in_order(names) if name != DENSE):
+            variant, known = self._criterion(name), self._criterion(name).member.settings
+            words = [known[key].label(key, value) for key, value in variant.settings.items() if known[key].choices is None]
+            told += [f"{variant.member.label}: {', '.join(words)}."] if words else []
+        return told
+
+    def compared(self, names: Iterable[str]) -> list[str]:
+        """Return those of `names` that are held against each other, in order: all but the dense model and the baselines."""
+        return [name for name in self.in_order(names) if name != DENSE and not self._criterion(name).member.baseline]
+
+    def reference(self, names: Iterable[str]) -> str:
+        """Return the criterion with which the others of `names` are compared: entropy, or the first where it is not there."""
+        found = [name.partition("@")[0] for name in self.compared(names)]
+        return REFERENCE if REFERENCE in found or not found else found[0]
+
+    def pairs(self, names: Iterable[str]) -> list[tuple[str, str]]:
+        """Return the pairs of `names` to compare, each in order.
+
+        Under one allocation those are the paper's own and every other criterion with entropy, for one criterion every other
+        allocation with the uniform one. All pairs would cost each of them its power: Holm's correction counts them all.
+        """
+        names, reference = self.compared(names), self.reference(names)
+
+        def asked(a: str, b: str) -> bool:
+            (left, _, one), (right, _, two) = a.partition("@"), b.partition("@")
+            if one != two:
+                return left == right and not (one and two)
+            return reference in (left, right) or (self._is_of_paper(left) and self._is_of_paper(right))
+
+        return [pair for pair in itertools.combinations(names, 2) if asked(*pair)]
+
+    def look(self, name: str) -> dict:
+        """Return colour, marker and dashes of a criterion, the same in every figure of a study."""
+        if name == DENSE:
+            return {"color": DENSE_COLOUR, "marker": "none", "linestyle": "solid"}
+        return look(self._place(name))
+
+    def _place(self, name: str) -> int:
+        if self._is_of_paper(name):
+            return self._criterion(name).member.rank
+        return self._places.get(name, 3 + len(self._places))
+
+    def colour(self, name: str) -> str:
+        """Return the one colour that a criterion has in every figure of a study."""
+        return self.look(name)["color"]
+
+    def bar(self, name: str) -> dict:
+        """Return colour and label of a criterion's bars, hatched where the colours repeat."""
+        hatch = "" if name == DENSE else HATCHES[self._place(name) % len(MARKERS) // len(COLOURS)]
+        return {"color": self.colour(name), "label": self.label(name)} | ({"hatch": hatch, "edgecolor": "white"} if hatch else {})
+
+
+def series(criterion: str, allocation: str = UNIFORM) -> str:
+    """Return the name of a criterion with an allocation, under which frames and figures know it."""
+    return criterion if allocation == UNIFORM else f"{criterion}@{allocation}"
+
+
+def _name(spec: str | dict) -> str:
+    return spec if isinstance(spec, str) else spec.get("as") or next(iter(spec))
+
+
+def per_model(name: str, models: Iterable[str], draw: Callable[[str], Figure]) -> dict[str, Figure]:
+    """Return `draw(model)` for each model by file name: `name`, or `name-<model>` where there are several models.
+
+    Without any model the one figure says that nothing was computed.
+    """
+    models = list(models)
+    if not models:
+        return {name: message(f"{name.replace('_', ' ')}: this study computed nothing of this kind.")}
+    if len(models) == 1:
+        return {name: draw(models[0])}
+    return {f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}": draw(model) for model in models}
+
+
+def handles_of(axes) -> dict:
+    """Return one legend handle per label of all panels."""
+    return {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+
+
+def message(sentence: str) -> Figure:
+    """Return an empty figure that says why there is nothing to see."""
+    with mpl.rc_context(STYLE):
+        fig, ax = plt.subplots(figsize=(7, 1.2))
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, sentence, ha="center", va="center", wrap=True)
+    return closed(fig)
+
+
+def closed(fig: Figure) -> Figure:
+    """Return a figure that pyplot has let go of."""
+    # A figure that pyplot still holds would be shown twice by a notebook and kept in memory.
+    plt.close(fig)
+    return fig
+
+
+def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> list[Path]:
+    """Write `<name>.png`, `<name>.svg` and, given the data behind it, `<name>.csv`; equal figures give equal bytes."""
+    folder = Path(folder)
+    if not name or Path(name).name != name:
+        raise UserError(f"figure name {name!r} is not a plain file name: use letters, digits, '-' and '_'")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{name}.png", folder / f"{name}.svg"]
+    with mpl.rc_context(STYLE):
+        fig.savefig(written[0], dpi=DOTS_PER_INCH, bbox_inches="tight", metadata={"Software": None})
+        fig.savefig(written[1], bbox_inches="tight", metadata={"Date": None})
+    if data is not None:
+        written.append(folder / f"{name}.csv")
+        data.to_csv(written[-1], index=False)
+    return written
