@@ -18,7 +18,6 @@ from collections.abc import Callable
 import torch
 
 from hfprune_nb.criteria import Criterion, LogitCriterion, noise
-from hfprune_nb.method.scoring.ablation import Ablator
 from hfprune_nb.method.scoring.forward import collected
 from hfprune_nb.models import final_hidden, gated_mlps
 from hfprune_nb.models.hooks import factored, linear_outputs, silenced
@@ -164,6 +163,9 @@ class Reader:
                 found, sums, hidden = self._from_recomputed_layers(*taught)
             else:
                 found, sums, hidden = self._from_graph(*taught)
+        if self.measured:
+            # It reads tables with pandas, which scoring alone does without.
+            from hfprune_nb.method.scoring.ablation import Ablator
         for name, criterion in self.measured.items():
             found[f"{name}/importance"] = criterion.statistics(Ablator(self.model, batch), [mlp.width for mlp in self.mlps])
         values = {}
