@@ -167,6 +167,36 @@ def test_adapters_find_their_model_beside_them(adapters, folder):
     models.load(saved, dtype="float32", device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_stored_as_codes_are_refused_without_a_word_of_the_configuration(dtype, folder):
+    change_weights(folder, lambda name, tensor: [(name, tensor.to(dtype) if name == DOWN else tensor)])
+    refusal(folder, f"quantised weights .{DOWN} in {WEIGHTS}.")
+
+
+def test_a_head_that_was_trained_beside_the_adapters_stays_apart(folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = models.load(folder, dtype="float32", device="cpu")[0]
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    adapted.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    adapted.save_pretrained(tmp_path / "tuned")
+    model, tokenizer = models.load(tmp_path / "tuned", dtype="float32", device="cpu")
+    ids = torch.arange(9)[None]
+    assert torch.equal(model.lm_head.weight, 2 * model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    again, _ = models.load(tmp_path / "merged", dtype="float32", device="cpu")
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_whole_weights_beside_adapters_leave_open_what_is_meant(adapters, folder):
+    saved, _ = adapters
+    shutil.copytree(folder, saved, dirs_exist_ok=True)
+    refusal(saved, "holds model.safetensors and adapters, which may be merged in it or not")
+    (saved / WEIGHTS).unlink()
+    models.load(saved, dtype="float32", device="cpu")
+
+
 @pytest.mark.parametrize("fault", ["no base", "other weights", "pickle", "prompt"])
 def test_adapters_that_cannot_be_merged(fault, adapters, folder):
     saved, _ = adapters

@@ -34,12 +34,10 @@ def test_local_folder_loads_in_every_dtype(own_cache):
         assert next(model.parameters()).dtype == dtype
 
 
-def test_gguf_file_is_dequantised_once(own_cache, tiny, monkeypatch):
-    """A LLaMA GGUF file written by the gguf library loads by its path and is converted only once."""
+def write_gguf(model, file, without=""):
+    """Write a tiny LLaMA as a GGUF file with the gguf library, but for the tensor `without`."""
     import gguf
 
-    model = tiny("llama-tied", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=300)
-    file = own_cache / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     config = model.config
     writer.add_context_length(64)
@@ -69,11 +67,23 @@ def test_gguf_file_is_dequantised_once(own_cache, tiny, monkeypatch):
             names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
     state = model.state_dict()
     for ours, theirs in names.items():
+        if theirs == without:
+            continue
         writer.add_tensor(theirs, state[ours].float().numpy().astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_gguf_file_is_dequantised_once(own_cache, tiny, monkeypatch):
+    """A LLaMA GGUF file loads by its path and is converted only once; one that lacks a tensor is refused by its name."""
+    model = tiny("llama-tied", hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4, vocab_size=300)
+    state, file = model.state_dict(), own_cache / "tiny.gguf"
+    write_gguf(model, own_cache / "part.gguf", without="blk.2.ffn_down.weight")
+    with pytest.raises(UserError, match="with model.layers.2.mlp.down_proj.weight missing"):
+        models.load(own_cache / "part.gguf", device="cpu")
+    write_gguf(model, file)
     loaded, _ = models.load(str(file), dtype="float32", device="cpu")
     mlps = models.gated_mlps(loaded)
     expected = state["model.layers.1.mlp.down_proj.weight"].to(torch.bfloat16).float()

@@ -193,6 +193,14 @@ def test_benchmark_requests_of_a_hybrid_model_are_read_apart(kind, caplog):
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_request_beyond_the_embedding_names_tokenizer_and_embedding(tiny):
+    from hfprune_nb.measure.harness import SharedPrefixLM
+
+    harness = SharedPrefixLM(tiny("llama", vocab_size=384), models.tokenizer(models.TINY))
+    with pytest.raises(UserError, match="its tokenizer gives token id 385 and its embedding has 384 rows"):
+        harness._loglikelihood_tokens([(None, [5, 6], [385]), (None, [5], [6])], disable_tqdm=True)
+
+
 def test_recovery_gives_every_example_of_a_hybrid_model_a_row_of_its_own(tmp_path):
     from hfprune_nb.inputs.instructions import Record, pack
     from hfprune_nb.method.recovery import recover

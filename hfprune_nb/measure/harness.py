@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hfprune_nb import processes
 from hfprune_nb.inputs import tokenization
-from hfprune_nb.models import Head, agree, head
+from hfprune_nb.models import Head, agree, check_tokens, head
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +137,7 @@ class SharedPrefixLM(HFLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        check_tokens(self.model.config, [max(context + continuation) for _, context, continuation in requests])
         fits = [len(context) + len(continuation) - 1 <= self._longest for _, context, continuation in requests]
         cached, cache = self._read_once([context for (_, context, _), fit in zip(requests, fits, strict=True) if fit])
         # The last token of a continuation predicts nothing.

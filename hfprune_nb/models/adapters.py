@@ -9,9 +9,15 @@ _CONFIGURATION, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(source: str) -> bool:
-    """Return whether a model's folder holds adapters and no model."""
+    """Return whether a model's folder holds adapters; raise UserError where it holds whole weights too."""
     folder = Path(source)
-    return (folder / _CONFIGURATION).is_file() and not (folder / "config.json").is_file()
+    found = (folder / _CONFIGURATION).is_file()
+    if found and (whole := [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        raise UserError(
+            f"model '{source}' holds {whole[0].name} and adapters, which may be merged in it or not: remove {_CONFIGURATION} "
+            "if they are, else the whole weights."
+        )
+    return found
 
 
 def has_tokenizer(source: str) -> bool:
@@ -52,4 +58,8 @@ def merge(name: str, model, source: str):
             f"model '{name}': its adapters do not fit {type(model).__name__} ({sorted(unknown)[0]}): name the model that they "
             f"were trained on as base_model_name_or_path in {_CONFIGURATION}."
         )
-    return adapted.merge_and_unload().eval().requires_grad_(False)
+    merged = adapted.merge_and_unload()
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:  # trained beside the adapters
+        merged.config.get_text_config().tie_word_embeddings = merged.config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = {}
+    return merged.eval().requires_grad_(False)

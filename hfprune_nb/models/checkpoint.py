@@ -56,10 +56,15 @@ def check_weights(name: str, folder: Path) -> None:
         )
     for part in parts:
         try:
-            with safe_open(part, framework="pt"):
-                pass
+            with safe_open(part, framework="pt") as tensors:
+                coded = next((key for key in tensors.keys() if _is_coded(key, tensors)), None)  # noqa: SIM118
         except SafetensorError as error:
             raise UserError(f"model '{name}': {part.name} is corrupt ({error}): copy it again.") from error
+        if coded:
+            raise UserError(
+                f"model '{name}' holds quantised weights ({coded} in {part.name}), which cannot be scored or pruned: give the "
+                "original in bfloat16, float16 or float32."
+            )
 
 
 def check_loaded(name: str, model, report: dict) -> None:
@@ -86,6 +91,11 @@ def check_loaded(name: str, model, report: dict) -> None:
             f"model '{name}': its files hold {_list(untied)} with values of its own, while config.json ties it to the embedding: "
             "set tie_word_embeddings to false there if the model was trained so."
         )
+
+
+def _is_coded(key: str, tensors) -> bool:
+    """Whether a weight is stored as integers or 8-bit floats, which mean nothing without their scales."""
+    return key.endswith("weight") and not tensors.get_slice(key).get_dtype().startswith(("BF16", "F16", "F32", "F64"))
 
 
 def _refuse_pointers(name: str, folder: Path) -> None:
