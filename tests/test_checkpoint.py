@@ -118,7 +118,9 @@ def test_quantised_weights_are_refused_by_their_method(changes, folder):
 def test_code_in_the_folder_is_neither_run_nor_recommended(folder, tmp_path):
     change_configuration(folder, model_type="own", auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnLM"})
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    refusal(folder, "architecture 'own' comes as Python code in its folder, which the kit does not run")
+    for load in (models.load, models.tokenizer, models.configuration):
+        with pytest.raises(UserError, match="architecture 'own' comes as Python code in its folder, which the kit does not run"):
+            load(folder)
     assert not (tmp_path / "ran").exists()
 
 

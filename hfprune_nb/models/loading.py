@@ -154,6 +154,8 @@ def tokenizer(name: str | Path, trust_remote_code: bool = False):
     source = _source(name)
     if adapters.is_adapter(source) and not adapters.has_tokenizer(source):
         return tokenizer(adapters.base(name, source), trust_remote_code)
+    if (Path(source) / "config.json").is_file():
+        checkpoint.check_configuration(name, Path(source), trust_remote_code)
     return _load_tokenizer(name, source, trust_remote_code)
 
 
