@@ -131,3 +131,21 @@ def test_data_without_a_connection(hub, answer):
         assert "dataset 'allenai/c4' is not cached and the hub is out of reach: connect once" in answer(code)
     finally:
         hub.start()
+
+
+def test_tasks_are_read_at_one_commit_and_need_no_hub_afterwards(hub, answer):
+    code = """
+    from hfprune_nb.measure import tasks
+    answer = [tasks.describe(task) for task in tasks.load_tasks(["piqa", "race", "crows_pairs_english"], "hub").values()]
+    """
+    hub.fail("GET store", cut=200, reset=True)
+    first = answer(code)
+    for facts, name in zip(first, ("baber/piqa", "EleutherAI/race", "jannalu/crows_pairs_multilingual"), strict=True):
+        commit = hub.repository("dataset", name).branches["main"]
+        assert facts["items"] == 6 and facts["source"] == f"hub: {name} at {commit[:12]}"
+    assert answer(code, offline=True) == first
+    hub.stop()
+    try:
+        assert answer(code) == first
+    finally:
+        hub.start()
