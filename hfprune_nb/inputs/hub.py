@@ -24,7 +24,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
 OTHER_WEIGHTS = ("original/*", "onnx/*", "*/*.safetensors")
 TIMEOUT = 30.0  # seconds without an answer
 PATIENCE = 600.0  # seconds for which a hub that is busy, or that answered before, is asked again
-SHORT_PATIENCE = 4.0  # seconds for which a hub that never answered is asked again
+TRIES = 4  # how often a hub that never answered is asked
 PAUSE = 60.0  # seconds after patience ran out in which nothing is asked twice
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names of the kit for repositories of the hub.
@@ -293,8 +293,9 @@ class _Patience:
     def _stop(self, state) -> bool:
         if time.monotonic() < self.gave_up + PAUSE:
             return True
-        silent = state.outcome.failed and not self.answered
-        return state.seconds_since_start + state.upcoming_sleep > (SHORT_PATIENCE if silent else PATIENCE)
+        if state.outcome.failed and not self.answered:
+            return state.attempt_number >= TRIES
+        return state.seconds_since_start + state.upcoming_sleep > PATIENCE
 
     def _give_up(self, state):
         self.gave_up = time.monotonic()

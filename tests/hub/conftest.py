@@ -72,8 +72,7 @@ def forget(everything):
 def answer(hub, process, forget):
     """Return a function that runs code in a process of its own and returns its variable `answer`; caches are empty at first.
 
-    `said(function, ...)` gives a refusal's sentence; a busy hub is asked for `patience` seconds, one that never answered for half
-    a second.
+    `said(function, ...)` gives a refusal's sentence; a busy hub is asked for `patience` seconds.
     """
     forget()
 

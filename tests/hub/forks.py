@@ -27,7 +27,7 @@ def run(job):
     signal.alarm(120)
     os.environ["HF_TOKEN"] = job["token"]
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = job["offline"]
-    hub.PATIENCE, hub.SHORT_PATIENCE, hub.TIMEOUT = job["patience"], 0.4, 3.0
+    hub.PATIENCE, hub.TIMEOUT = job["patience"], 3.0
     names = {"hub": hub, "said": said}
     exec(job["code"], names)
     return {"answer": names["answer"]}

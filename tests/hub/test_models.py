@@ -8,6 +8,14 @@ import pytest
 from hub import contents
 
 LLAMA, QWEN = "meta-llama/Llama-3.2-1B", "Qwen/Qwen3-1.7B"
+
+
+@pytest.fixture(autouse=True)
+def made(hub):
+    for name in (LLAMA, QWEN):
+        hub.repository("model", name)
+
+
 LOADED = """
 from hfprune_nb import models
 model, tokenizer = models.load(NAME, device="cpu")
