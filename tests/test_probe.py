@@ -295,3 +295,18 @@ def test_other_architectures_are_scored_pruned_and_loaded_again(kind, tmp_path):
     export.save_checkpoint(model, tokenizer, tmp_path / "pruned")
     again, _ = models.load(tmp_path / "pruned", dtype="float32", device="cpu")
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_widened_model_computes_in_float32_and_comes_back_to_the_bit(dtype, tiny):
+    model, ids = tiny("qwen2", dtype=dtype), torch.arange(9)[None]
+    before = copy.deepcopy(model.state_dict())
+    exact = copy.deepcopy(model).float().model(input_ids=ids).last_hidden_state
+    with models.widened(model):
+        found = model.model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="stopped"), models.widened(model):
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
+        model.model(input_ids=ids)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())

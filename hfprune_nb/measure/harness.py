@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hfprune_nb import processes
 from hfprune_nb.inputs import tokenization
-from hfprune_nb.models import Head, agree, check_tokens, head
+from hfprune_nb.models import Head, agree, check_tokens, head, widened
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class SharedPrefixLM(HFLM):
         self._longest = min(max_length, self._window or max_length)
         if config._attn_implementation not in ("sdpa", "eager"):
             self._longest = 0  # other kernels do not take a mask of our own
-        elif not self._keeps_apart():
+        elif not self._keeps_apart_in_float32():
             logger.warning("requests are read apart: layers of %s ignore what separates them in a row", type(model).__name__)
             self._longest = 0
 
@@ -100,6 +100,10 @@ class SharedPrefixLM(HFLM):
         return padded["input_ids"], padded["attention_mask"]
 
     @torch.no_grad()
+    def _keeps_apart_in_float32(self) -> bool:
+        with widened(self.model):
+            return self._keeps_apart()
+
     def _keeps_apart(self) -> bool:
         """Whether sequences that share a row are read as they are apart, also after a beginning that was kept.
 

@@ -15,7 +15,7 @@ from hfprune_nb.models.loading import (
     resolve_dtype,
     tokenizer,
 )
-from hfprune_nb.models.probe import agree, check_neurons, check_recomputation, reads_packed
+from hfprune_nb.models.probe import agree, check_neurons, check_recomputation, reads_packed, widened
 from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices, weights_digest
 
 __all__ = [
@@ -46,4 +46,5 @@ __all__ = [
     "resolve_dtype",
     "tokenizer",
     "weights_digest",
+    "widened",
 ]

@@ -56,8 +56,41 @@ def reads_packed(model) -> bool:
     decoder, device = model.get_decoder(), model.get_input_embeddings().weight.device
     texts = [torch.arange(start, start + _TOKENS, device=device)[None] for start in (0, _TOKENS)]
     positions = torch.arange(_TOKENS, device=device).repeat(2)[None]
-    packed = decoder(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).last_hidden_state
-    return agree(packed, torch.cat([decoder(input_ids=text, use_cache=False).last_hidden_state for text in texts], 1))
+    with widened(model):
+        packed = decoder(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).last_hidden_state
+        apart = [decoder(input_ids=text, use_cache=False).last_hidden_state for text in texts]
+    return agree(packed, torch.cat(apart, 1))
+
+
+@contextlib.contextmanager
+def widened(model):
+    """Within the context the decoder computes in float32 or wider, one part of it after the other.
+
+    Half precision would hide what is looked for: after thirty layers the same text in another batch may differ by a tenth.
+    """
+    decoder, kept = model.get_decoder(), {}
+
+    def widen(module, args, kwargs):
+        for parameter in module.parameters():
+            kept[parameter] = parameter.data
+            parameter.data = _wide(parameter.data)
+        return _wide(args), _wide(kwargs)
+
+    def restore(module, args, output):
+        for parameter in module.parameters():
+            parameter.data = kept.pop(parameter)
+
+    parts = [
+        part
+        for part in (*decoder.layers, *decoder.children())
+        if part is not decoder.layers and next(part.parameters(), None) is not None
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [setattr(parameter, "data", data) for parameter, data in kept.items()])
+        for part in parts:
+            stack.callback(part.register_forward_pre_hook(widen, with_kwargs=True).remove)
+            stack.callback(part.register_forward_hook(restore).remove)
+        yield
 
 
 def check_recomputation(model) -> None:
