@@ -70,7 +70,7 @@ def test_a_whole_study_runs_and_keeps_to_its_commits(hub, kit, cards, everything
         assert all(commits[f"{name}@main"] == commit for name, commit in card["parameters"].get("revisions", {}).items())
     used = {name for card in cards(WHOLE) for name in card["parameters"].get("revisions", {})}
     assert {f"{name}@main" for name in used} == set(commits)
-    assert len(hub.asked("GET store .*LaMini")) == 3 and len(hub.asked(r"GET hub .*/revision/main")) >= 12
+    assert hub.asked("GET store .*LaMini") and len(hub.asked(r"GET hub .*/revision/main")) >= 12
 
     moved = hub.commit("model", "meta-llama/Llama-3.2-1B", contents.model("llama", seed=9), gated=True)
     assert moved not in commits.values()
@@ -79,7 +79,7 @@ def test_a_whole_study_runs_and_keeps_to_its_commits(hub, kit, cards, everything
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", LIGHT)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.long) for name in LIGHT[:-1]), LIGHT[-1]])
 def test_the_other_studies_reach_their_evaluations(kit, cards, name):
     kit("run", name)
     evaluated = [card for card in cards(name) if card["stage"] == "evaluation"]
@@ -88,18 +88,18 @@ def test_the_other_studies_reach_their_evaluations(kit, cards, name):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "down"])
-def test_a_study_that_was_run_once_needs_no_hub(hub, kit, everything, how):
+def test_a_study_that_was_run_once_needs_no_hub(hub, kit, everything):
     name = LIGHT[-1]
     kit("run", name)
     folder = everything / "results" / f"small-{name}"
     before = {path.parent.name for path in folder.glob("*/*/DONE")}
     shutil.rmtree(folder / "evaluation")
-    if how == "down":
-        hub.stop()
+    kit("run", name, HF_HUB_OFFLINE="1")
+    assert {path.parent.name for path in folder.glob("*/*/DONE")} == before
+    shutil.rmtree(folder / "evaluation")
+    hub.stop()
     try:
-        kit("run", name, **({"HF_HUB_OFFLINE": "1"} if how == "HF_HUB_OFFLINE" else {}))
+        kit("run", name)
     finally:
-        if how == "down":
-            hub.start()
+        hub.start()
     assert {path.parent.name for path in folder.glob("*/*/DONE")} == before
