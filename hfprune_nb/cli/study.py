@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def add_study(groups) -> None:
     """Add the command `study` and its actions to the parser's commands."""
     study = command(groups, "study", "studies: grids of notebooks").add_subparsers(metavar="ACTION", required=True)
     plan = command(study, "plan", "show what a study consists of, what is done, and what it will cost", run=_plan)
-    run = command(study, "run", "compute what is missing of a study", _RUN_EXAMPLES, _run)
+    run = command(study, "run", "compute what is missing of a study", _RUN_EXAMPLES + _members(), _run)
     status = command(study, "status", "show the state of every job", run=_status)
     clean = command(study, "clean", "delete the artifacts of a study", _CLEAN_EXAMPLES, _clean)
     verify = command(study, "verify", "hash every artifact and compute the corrupt ones again", _VERIFY_EXAMPLES, _verify)
@@ -76,6 +77,18 @@ def add_study(groups) -> None:
     )
     clean.add_argument("--yes", action="store_true", help="do not ask")
     clean.add_argument("--exported", action="store_true", help="delete the exported tables, figures and pages too")
+
+
+def _members() -> str:
+    """Return what a study file may name: whatever lies in the folders of the families."""
+    from hfprune_nb import allocations, criteria
+    from hfprune_nb.runs.stages import STAGES
+
+    families = {"criteria": criteria.names(), "allocations": allocations.names(), "stages": STAGES}
+    return "\na study file may name:\n" + "".join(
+        textwrap.fill(f"{family}: {', '.join(names)}", 100, initial_indent="  ", subsequent_indent="    ") + "\n"
+        for family, names in families.items()
+    )
 
 
 def _plan(options) -> int:
