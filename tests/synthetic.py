@@ -121,7 +121,7 @@ def scoring(folder: Path, seed=0, model="smollm2-135m", criteria=FIVE):
     folder.mkdir(parents=True)
     scores = {name: values for name, values in importance(seed).items() if name in criteria}
     save_file(by_key(scores), folder / "scores.safetensors")
-    facts = {"model": model, "criteria": [spec(name) for name in scores], "seed": seed, "layers": 12, "intermediate_size": 96}
+    facts = {"model": model, "criteria": [spec(name) for name in scores], "seed": seed, "widths": [96] * 12}
     (folder / "scores.json").write_text(json.dumps(facts))
     noise = np.random.default_rng([seed, 1]).normal(size=(12, 96))
     snapshots = {
@@ -175,8 +175,7 @@ def experiments(folder: Path, model="smollm2-135m", true_criterion="entropy", no
         "device": "cpu",
         "calibration": {"n_windows": 8, "seq_len": 128, "bos": False, "dtype": "bfloat16"},
         "truth": {"corpus": "c4", "n_windows": 4, "seq_len": 64, "dtype": "float32"},
-        "layers": 12,
-        "intermediate_size": 96,
+        "widths": [96] * 12,
         "notes": ["Weights were dequantised from Q4_1."],
     }
     (folder / "experiments.json").write_text(json.dumps(facts))

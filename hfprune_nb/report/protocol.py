@@ -129,8 +129,9 @@ def experiment_notes(experiment_folders: Iterable[Path]) -> list[str]:
         facts = experiment(folder)
         text, truth = facts["calibration"], facts["truth"]
         made = {name: value for name, value in ({"device": facts["device"]} | made_with(folder)).items() if value}
+        width = " to ".join(str(width) for width in sorted({min(facts["widths"]), max(facts["widths"])}))
         notes.append(
-            f"Protocol. Model {facts['model']} ({facts['layers']} layers of {facts['intermediate_size']} neurons). Scored on "
+            f"Protocol. Model {facts['model']} ({len(facts['widths'])} layers of {width} neurons). Scored on "
             f"{text['n_windows']} windows of {text['seq_len']} tokens of each text ({'; '.join(facts['corpora'])}) in "
             f"{text['dtype']}, seed {facts['seed']}, BOS {'yes' if text['bos'] else 'no'}; damage measured on "
             f"{truth['n_windows']} held-out windows of {truth['seq_len']} tokens of {truth['corpus']} in {truth['dtype']}; own "
