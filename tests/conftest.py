@@ -10,7 +10,7 @@ import pytest
 
 REGISTRY_ASSETS = ("smollm2-135m", "c4-calibration", "c4-held-out", "wikitext-2", "benchmarks", "crows-pairs", "truthfulqa")
 # Several minutes each, and a file's tests stay on one worker: what starts last must not be the longest.
-LONGEST_FILES = ("test_studies.py", "test_smoke_study.py", "test_faults.py")
+LONGEST_FILES = ("test_studies.py", "test_smoke_study.py", "test_faults.py", "test_extending.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -234,3 +234,12 @@ def test_remote_code_is_never_trusted_unasked():
                 defaults = dict(zip((argument.arg for argument in arguments), node.args.defaults[::-1], strict=False))
                 if "trust_remote_code" in defaults:
                     assert ast.literal_eval(defaults["trust_remote_code"]) is False, f"{file.name}: {node.name}"
+
+
+def test_a_module_answers_to_its_short_name():
+    from hfprune_nb import calibration, scoring, stage
+    from hfprune_nb.inputs import calibration as same
+
+    assert calibration is same and callable(scoring.score) and callable(stage.start)
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        _ = hfprune_nb.nothing_like_this
