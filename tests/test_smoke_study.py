@@ -82,7 +82,8 @@ def test_every_artifact_keeps_its_executed_notebook_and_card(smoke):
         assert {name: given[name] for name in artifact.parameters} == artifact.parameters
         card = artifact.card
         assert card["seconds"] > 0 and card["peak_memory_bytes"] > 1e8 and card["threads"] in (1, None)
-        assert card["versions"]["torch"].startswith("2.13.0") and "seed" in card["facts"]
+        assert card["versions"]["torch"].startswith("2.13.0")
+        assert "seed" in card["facts"] or "seed" not in artifact.parameters, artifact.reference
 
 
 def test_results_are_published_for_a_reader(smoke):
