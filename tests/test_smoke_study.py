@@ -174,14 +174,14 @@ def test_a_deleted_artifact_is_the_only_one_made_again(smoke):
         for artifact in smoke.artifacts("evaluation")
         if json.loads(artifact.path("summary.json").read_text(encoding="utf-8"))["criterion"] == "entropy"
     )
-    sealed, published, digest = smoke.sealed(), smoke.published(), chosen.digest
+    sealed, published, digest = smoke.sealed(), smoke.exported(), chosen.digest
     shutil.rmtree(chosen.folder)
     status, said = smoke.run()
     assert status == 0 and "1 computed, 25 done, 0 failed" in said, said
     again = smoke.sealed()
     assert [folder for folder in sealed if again[folder] != sealed[folder]] == [chosen.folder]
     assert chosen.digest == digest
-    assert smoke.published() == published
+    assert smoke.exported() == published
 
 
 def test_a_stage_runs_alone_through_papermill(smoke, tmp_path):
@@ -246,7 +246,7 @@ def test_an_artifact_of_another_model_is_refused(smoke, in_study, stage_name, in
     references = {name: smoke.artifacts(source)[0].reference for name, source in inputs.items()}
     before = smoke.sealed()
     with pytest.raises(UserError, match="tiny-random-llama") as caught:
-        in_study(stage_name, model="another/model", **references)
+        in_study(stage_name, model="smollm2-135m", **references)
     assert "\n" not in str(caught.value) and smoke.sealed() == before
 
 

@@ -49,4 +49,4 @@ def _of_the_disk(jobs: list, study) -> Iterator[str]:
         free = shutil.disk_usage(place).free / 1e9
         if gigabytes > free:
             variable = "HFPRUNE_RESULTS" if what == "results" else "HF_HOME"
-            yield f"{place} has {free:.1f} GB free and {what} take {gigabytes:.1f} GB: free some, or set {variable} elsewhere."
+            yield f"{place} has {free:.2g} GB free and {what} take {gigabytes:.2g} GB: free some, or set {variable} elsewhere."
