@@ -40,7 +40,7 @@ def test_no_repetition_is_refused():
 def test_peak_memory_is_what_a_run_needs_beyond_what_was_there(monkeypatch, tmp_path, in_fork):
     if in_fork:  # as on a system that does not let the mark be reset
         monkeypatch.setattr(memory, "_CLEAR", tmp_path / "missing" / "clear_refs")
-    elif not memory._resets_high_water():
+    elif not memory.resets_high_water():
         pytest.skip("THIS SYSTEM DOES NOT LET ITS HIGH-WATER MARK BE RESET; the forked way is tested beside")
     held = torch.ones(25_000_000)  # 100 MB that no run is charged with
     contestants = {"large": lambda: torch.ones(50_000_000).sum(), "small": lambda: torch.ones(5_000_000).sum()}
@@ -54,7 +54,7 @@ def test_peak_memory_is_what_a_run_needs_beyond_what_was_there(monkeypatch, tmp_
 def test_the_forked_way_can_run_a_backward_pass(tiny, token_windows):
     from hfprune_nb.method.scoring import score
 
-    assert memory._peak_in_fork(lambda: score(tiny(), token_windows, ["entropy"], progress=False)) >= 0
+    assert memory.peak_in_fork(lambda: score(tiny(), token_windows, ["entropy"], progress=False)) >= 0
 
 
 @pytest.mark.parametrize(("values", "low", "high", "coverage"), [
@@ -189,7 +189,9 @@ def test_the_breakdown_finds_every_part(tiny, token_windows):
 def test_every_model_generates_the_forced_number_of_tokens(tiny, cache, monkeypatch):
     models = {"dense": tiny(), "pruned": tiny(intermediate_size=24)}
     lengths, rates = [], _rates
-    monkeypatch.setattr(generation, "_rates", lambda times, size: (lengths.append(len(times)), rates(times, size))[1])
+    monkeypatch.setattr(
+        "hfprune_nb.cost.generation._rates", lambda times, size: (lengths.append(len(times)), rates(times, size))[1]
+    )
     rows = compare(models, [1, 3], prompt_tokens=5, new_tokens=4, repetitions=2, cache=cache, progress=False)
     assert lengths == [4] * 8 and len(rows) == 8
     summary = summarise(rows, models, 5)
@@ -389,10 +391,10 @@ def test_the_command_needs_torch_and_transformers_only(tmp_path):
 def test_the_command_names_what_is_wrong(capsys):
     from hfprune_nb.cli.main import main
 
-    assert main.main(["cost", "--shape", "llama-9", "--device", "cpu"]) == 2
+    assert main(["cost", "--shape", "llama-9", "--device", "cpu"]) == 2
     assert "llama-2-7b" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main.main(["cost", "--shape", "tiny", "--model", "x"])
+        main(["cost", "--shape", "tiny", "--model", "x"])
 
 
 def test_the_stage_runs_without_a_model_to_fetch(monkeypatch, tmp_path):
