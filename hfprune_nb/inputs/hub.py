@@ -46,11 +46,16 @@ def commit(repository: str, kind: str = "model", revision: str = "") -> str:
     """Return the commit (40 hex digits) of a hub repository at a branch, tag or commit.
 
     kind : model or dataset; revision : empty for the one that this run is pinned to (`pin`), else the newest of `main`.
-    Without the hub, the commit that was resolved last time is taken. Raises UserError.
+    A process keeps to what it resolved first. Without the hub, the commit that was resolved last time is taken. Raises UserError.
     """
     wanted = revision or pins().get(repository, "") or "main"
     if COMMIT.fullmatch(wanted):
         return wanted
+    return _resolved(repository, kind, wanted)
+
+
+@functools.cache
+def _resolved(repository: str, kind: str, wanted: str) -> str:
     with errors(kind, repository, wanted):
         return str(_api().resolve_revision(repository, repo_type=kind, revision=wanted).resolved)
 
