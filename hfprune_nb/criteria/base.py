@@ -170,8 +170,6 @@ class WeightCriterion(Criterion):
     kind = "weights"
     unit = "weight"
     reads_text = False
-    baseline = True
-    rank = 20
 
     @abstractmethod
     def importance(self, inputs: list[Tensor], down: Tensor, generator: Generator) -> Tensor:

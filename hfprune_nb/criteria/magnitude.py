@@ -9,6 +9,8 @@ class Magnitude(WeightCriterion):
     name = "magnitude"
     label = "Magnitude"
     source = "baseline: group L2 norm"
+    baseline = True
+    rank = 20
     seeded = False
 
     def importance(self, inputs, down, generator=None):

@@ -9,6 +9,8 @@ class Random(WeightCriterion):
     name = "random"
     label = "Random"
     source = "baseline"
+    baseline = True
+    rank = 20
     unit = ""
 
     def importance(self, inputs, down, generator):
