@@ -68,7 +68,7 @@ def resolve_device(device: str | torch.device) -> str:
 
 def load(
     name: str | Path,
-    dtype: str | torch.dtype = "bfloat16",
+    dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     attention: str = "sdpa",
@@ -80,7 +80,8 @@ def load(
     name : an alias (`hfprune assets list`), a hub id, a local folder, or either of the last two followed by `/FILE.gguf`.
         A GGUF model is dequantised once and cached as safetensors in bfloat16, so that every dtype holds the same weights. A
         folder of LoRA adapters is merged into the model that it names.
-    dtype : float16, bfloat16, float32 or float64.
+    dtype : float32, bfloat16, float16 or float64. Half precision on a CPU without units for it is told in the log: it takes
+        up to a hundred times as long.
     device : auto, cpu, cuda or cuda:N; `balanced` spreads the layers over all GPUs (accelerate's `device_map="auto"`), for
         models larger than one of them.
     attention : sdpa (torch's fused kernels), eager (plain matrix products) or flash_attention_2 (the flash-attn package). A model
@@ -101,6 +102,13 @@ def load(
             model = adapters.merge(name, model, source)
         return model, _load_tokenizer(name, source, trust_remote_code) if adapters.has_tokenizer(source) else words
     return _network(name, source, **settings), _load_tokenizer(name, source, trust_remote_code)
+
+
+def _warn_of_slow_products(dtype: torch.dtype, device: str) -> None:
+    fast = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if device == "cpu" and dtype in fast and not getattr(torch.ops.mkldnn, fast[dtype], lambda: True)():
+        name = str(dtype).removeprefix("torch.")
+        logger.warning("This CPU has no units for %s, which takes up to a hundred times as long: set dtype: float32.", name)
 
 
 def _network(name, source, dtype, device, trust_remote_code, attention):
@@ -125,6 +133,7 @@ def _network(name, source, dtype, device, trust_remote_code, attention):
         )
     if device != "balanced":
         model.to(device)
+    _warn_of_slow_products(dtype, device)
     return model.eval().requires_grad_(False)
 
 

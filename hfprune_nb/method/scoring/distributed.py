@@ -25,7 +25,7 @@ def score(
     *,
     folder: str | Path,
     processes: int = 1,
-    dtype: str = "bfloat16",
+    dtype: str = "float32",
     device: str = "auto",
     attention: str = "sdpa",
     **settings,

@@ -12,6 +12,7 @@ class Cost(Stage):
     choices = {"cache": ("dynamic", "static")}
     exported = True
     files = ("model", "corpus")
+    version = 2  # dtype is float32 by default, was bfloat16
 
     def work(self, parameters, known, ancestor):
         tokens = 20 * (parameters["repetitions"] + 1) * parameters["n_windows"] * parameters["seq_len"]

@@ -26,6 +26,7 @@ class Evaluation(Stage):
     }
     choices = {"task_source": ("auto", "local", "hub"), "metric": ("paper", "acc")}
     files = ("model", "perplexity_corpora")
+    version = 2  # dtype is float32 by default, was bfloat16
 
     def plan(self, grid):
         for values in grid.combinations(self.name):

@@ -11,6 +11,7 @@ class Experiments(Stage):
     notebook = "08_experiments.ipynb"
     section = "experiments"
     files = ("model", "corpora")
+    version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
         criteria.variants(values["criteria"])

@@ -20,6 +20,7 @@ class Pruning(Stage):
     }
     grid = ("model", "seed")
     choices = {"compensation": ("none", "least_squares", "least_squares_bias")}
+    version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
         allocations.variants(values["allocation"])
@@ -54,5 +55,6 @@ class Pruning(Stage):
 
 
 def checkpoint(parameters: dict, size: float) -> float:
-    """Return the GB of a half-precision checkpoint, if one is written."""
-    return 2 * size * (1 - parameters.get("ratio", 0)) / 1e9 if parameters.get("save_checkpoint") else 0.002
+    """Return the GB of a checkpoint in the run's dtype, if one is written."""
+    width = {"float32": 4, "float64": 8}.get(parameters.get("dtype"), 2)
+    return width * size * (1 - parameters.get("ratio", 0)) / 1e9 if parameters.get("save_checkpoint") else 0.002

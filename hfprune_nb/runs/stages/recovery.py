@@ -17,6 +17,7 @@ class Recovery(Stage):
     choices = {"recipe": ("hfprune-lora", "sdmprune-lora", "full")}
     exported = True
     files = ("model", "data")
+    version = 2  # dtype is float32 by default, was bfloat16
 
     def plan(self, grid):
         tuned = [job for job in grid.of("pruning") if job.point["criterion"] in grid.study.recovery_criteria]

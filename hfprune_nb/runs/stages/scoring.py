@@ -11,6 +11,7 @@ class Scoring(Stage):
     notebook = "02_scoring.ipynb"
     inputs = {"calibration": Input("calibration", passes=("model", "seed"))}
     grid = ("model", "seed", "criteria")
+    version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
         criteria.variants(values["criteria"])
