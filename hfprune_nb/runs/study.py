@@ -13,7 +13,7 @@ import yaml
 
 from hfprune_nb import criteria, paths, text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import grid, parameters, stage
+from hfprune_nb.runs import grid, parameters, recipes, stage
 from hfprune_nb.runs.stages import STAGES
 
 SETTINGS = {"workers": 2, "threads": 1, "timeout_minutes": 60.0, "offline": False}
@@ -21,7 +21,20 @@ SETTINGS = {"workers": 2, "threads": 1, "timeout_minutes": 60.0, "offline": Fals
 AXES = {key: (name, parameter) for name, each in STAGES.items() for key, parameter in each.axes.items()}
 # Keys that set a parameter of this name in every stage that has one, unless its section does.
 SHARED = ("attention",)
-KEYS = (*SHARED, "name", "description", "extends", "models", "assets", "recovery_criteria", "axes", "run", *AXES, *STAGES)
+KEYS = (
+    *SHARED,
+    "name",
+    "description",
+    "extends",
+    "models",
+    "assets",
+    "recipe",
+    "recovery_criteria",
+    "axes",
+    "run",
+    *AXES,
+    *STAGES,
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,8 @@ def _checked(path: Path, content: dict) -> Study:
     for key, text in texts.items():
         if not isinstance(text, str):
             raise UserError(f"{key} must be text, not {text!r}: put it in quotes")
+    if "recipe" in content:
+        content = recipes.find(content["recipe"]).axes | content
     # A file that only measures cost or runs experiments needs no criteria.
     alone = [name for name in content if name in STAGES and STAGES[name].section == name and not STAGES[name].inputs]
     required = {"models", "seeds", "criteria"} if not alone or content.keys() & AXES.keys() else {"models"}
