@@ -46,7 +46,7 @@ class Setting:
 
     def _words(self) -> str:
         if self.choices is not None:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(map(str, self.choices))}"
         kind = {float: "a number", int: "a whole number", bool: "true or false"}.get(type(self.default), "text")
         low = "" if self.low is None else f" {'above' if self.open else 'of at least'} {self.low:g}"
         return kind + low + ("" if self.high is None else f"{' and' * bool(low)} at most {self.high:g}")
@@ -56,17 +56,28 @@ class Setting:
         return self.choices[value] if self.choices is not None else f"{name.replace('_', ' ')} {value:g}"
 
 
+# How a member's formula relates to its source, in the words of a table's notes; the authors' own needs none.
+BASES = {
+    "published": "",
+    "structured": "a form for whole neurons of a published formula for weights",
+    "reading": "our reading of a source whose formula is not public",
+    "own": "not published in this form",
+}
+
+
 class Member:
     """A member of a family: a class with facts, and as an instance the value of every setting as an attribute.
 
-    name, label, source : what a study, a reader and a reference list call it. rank : its place in tables. settings : by name; a
-    class adds its own to those of its parents. noun : what messages call a member of this family.
+    name, label, source : what a study, a reader and a reference list call it. basis : how its formula relates to the source's,
+    one of BASES. rank : its place in tables. settings : by name; a class adds its own to those of its parents. noun : what
+    messages call a member of this family.
     """
 
     noun: ClassVar[str]
     name: ClassVar[str]
     label: ClassVar[str]
     source: ClassVar[str]
+    basis: ClassVar[str] = "published"
     rank = 10
     settings: ClassVar[dict[str, Setting]] = {}
 

@@ -10,10 +10,12 @@ import torch
 from hfprune_nb import criteria
 from hfprune_nb.criteria import Criterion
 from hfprune_nb.errors import UserError
+from hfprune_nb.families import BASES
 
 LOGIT_CRITERIA = [
     ("one_hot_ce", {}),
     ("entropy", {}),
+    ("entropy_topk", {"k": 5}),
     ("self_distillation", {}),
     ("self_distillation", {"alpha": 0.4, "temperature": 0.2}),
     ("self_distillation", {"alpha": 0.0}),
@@ -21,7 +23,9 @@ LOGIT_CRITERIA = [
 SDMPRUNE = {"self_distillation": {"alpha": 0.4, "temperature": 0.2}, "as": "sdmprune_20"}
 
 
-def formula(name, z, y, teacher, alpha=1.0, temperature=1.0):
+def formula(name, z, y, teacher, alpha=1.0, temperature=1.0, k=0):
+    if name == "entropy_topk":
+        return formula("entropy", torch.sort(z, descending=True).values[:, :k], y * 0, teacher)
     p = torch.exp(z) / torch.exp(z).sum(-1, keepdim=True)
     q = torch.exp(teacher / temperature) / torch.exp(teacher / temperature).sum(-1, keepdim=True)
     cross_entropy = -torch.log(p[torch.arange(len(y)), y])
@@ -118,10 +122,13 @@ def test_every_criterion_states_its_facts(name):
             "activations",
             "weights",
             "weight_gradients",
+            "gates",
             "measured",
+            "search",
         }
     )
     assert criterion.reads_text == any(criterion.passes)
+    assert criterion.basis in BASES
     assert all(setting.meaning and setting.check(name, key, setting.default) == setting.default
                for key, setting in criterion.settings.items())  # fmt: skip
     assert not (criterion.between_layers and criterion.kind in ("weights", "activations"))

@@ -38,7 +38,7 @@ def importance(model, windows):
 
 def comparable(name):
     (variant,) = criteria.variants(name)
-    return variant.criterion.between_layers
+    return variant.between_layers
 
 
 def plans(model, scores):

@@ -33,7 +33,7 @@ def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
 
 def check(allocation: Variant, criterion: Variant) -> None:
     """Raise UserError for an allocation that ranks neurons of different layers by scores that cannot be compared."""
-    if allocation.member.needs_comparable and not criterion.criterion.between_layers:
+    if allocation.member.needs_comparable and not criterion.between_layers:
         raise UserError(
             f"allocation '{allocation.name}' ranks neurons of all layers together, and scores of criterion '{criterion.name}' "
             "are not comparable between layers: choose allocation uniform, or a criterion in units of the model's output."

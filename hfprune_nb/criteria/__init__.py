@@ -9,9 +9,11 @@ from hfprune_nb import families
 from hfprune_nb.criteria.base import (
     ActivationCriterion,
     Criterion,
+    GateCriterion,
     LogitCriterion,
     MeasuredCriterion,
     Passes,
+    SearchCriterion,
     WeightCriterion,
     WeightGradientCriterion,
 )
@@ -20,9 +22,11 @@ from hfprune_nb.families import Setting
 __all__ = [
     "ActivationCriterion",
     "Criterion",
+    "GateCriterion",
     "LogitCriterion",
     "MeasuredCriterion",
     "Passes",
+    "SearchCriterion",
     "Setting",
     "Variant",
     "WeightCriterion",
@@ -45,6 +49,11 @@ class Variant(families.Variant):
     def passes(self) -> Passes:
         """How often the text is read with these settings."""
         return self.create().passes
+
+    @property
+    def between_layers(self) -> bool:
+        """Whether scores of different layers may be compared with these settings."""
+        return self.create().between_layers
 
 
 _FAMILY = families.Family(__name__, Criterion, "criteria", Variant)

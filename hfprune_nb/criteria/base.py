@@ -34,6 +34,8 @@ class Criterion(Member, ABC):
     compared, which only those in units of the model's output may. reads_text : whether it needs calibration text; seeded :
     whether another calibration seed, or another random seed, gives other scores; baseline : whether any criterion should beat
     it. rank : the paper's three are 0 to 2, others 10, baselines 20. passes : how often the text is read.
+    subsets : where it is not 0, sums over windows are handed over as (subsets, ...), window n being in subset n modulo
+    `subsets`, and there are no snapshots of fewer windows: also, with 1, for sums that are too large to be kept several times.
     """
 
     noun = "criterion"
@@ -44,6 +46,7 @@ class Criterion(Member, ABC):
     seeded = True
     baseline = False
     passes = Passes()
+    subsets = 0
 
 
 class LogitCriterion(Criterion):
@@ -79,6 +82,11 @@ class LogitCriterion(Criterion):
         ),
     }
 
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        # Products with weights are for ranking inside a layer.
+        self.between_layers = self.aggregation == "activation"
+
     @classmethod
     def complete(cls, settings: dict) -> dict:
         """Return all settings as `Member.complete`; raise UserError also for a reduction that weights have no use for."""
@@ -109,12 +117,40 @@ class LogitCriterion(Criterion):
         """
 
 
+class GateCriterion(Criterion):
+    """An importance from the derivatives of several logit criteria for a gate on each neuron, all of the same forward pass.
+
+    terms : by name, a logit criterion and how its products h dC/dh of a window are reduced: one of `LogitCriterion`'s
+    reductions, or `signed`, their sum u. A neuron's removal changes C by -u to first order.
+    """
+
+    kind = "gates"
+    between_layers = True
+    aggregation = "activation"
+    terms: dict[str, tuple[LogitCriterion, str]]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the terms need, as `LogitCriterion.needs`."""
+        return tuple(dict.fromkeys(name for criterion, _ in self.terms.values() for name in criterion.needs))
+
+    @abstractmethod
+    def importance(self, sums: dict[str, Tensor], windows: int, seq_len: int) -> Tensor:
+        """Return the importance (neurons,) of one layer in float64, from its `terms`, each divided by the number of positions
+        over which its C is averaged, and summed over `windows` windows of `seq_len` tokens.
+        """
+
+
 class ActivationCriterion(Criterion):
-    """An importance from running sums over the neurons' activations h, which a forward pass collects."""
+    """An importance from running sums over the neurons' activations h, which a forward pass collects.
+
+    needs_output : whether `statistics` also takes `output`, (windows, positions, hidden): of the layer, its residual included.
+    """
 
     kind = "activations"
     unit = "layer output"
     passes = Passes(forward=1)
+    needs_output = False
 
     @abstractmethod
     def statistics(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -128,13 +164,15 @@ class ActivationCriterion(Criterion):
 class WeightGradientCriterion(Criterion):
     """An importance from running sums over windows of the gradients that a logit criterion gives the MLP's weights.
 
-    gradient_of : that criterion, C being averaged over a window's positions.
+    gradient_of : that criterion, C being averaged over a window's positions. needs_hidden : whether `statistics` also takes
+    `hidden`, the activations (positions, neurons).
     """
 
     kind = "weight_gradients"
     unit = "weight gradient"
     passes = Passes(forward=1, backward=1)
     gradient_of: LogitCriterion
+    needs_hidden = False
 
     @abstractmethod
     def statistics(self, weights: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
@@ -161,6 +199,25 @@ class MeasuredCriterion(Criterion):
         divergence : of a list of ablations, each a mapping from layers to the neurons that it silences there, returns the
         KL(dense || ablated) of each ablation and window, (ablations, windows), mean over positions in nats. widths : neurons of
         each layer.
+        """
+
+
+class SearchCriterion(Criterion):
+    """An importance that a search over masks finds, which goes on from step to step: many forward passes, for small models.
+
+    start : the criterion whose importance the search begins with. Each process of a group does all of the search.
+    """
+
+    kind = "search"
+    unit = ""
+    start: Criterion
+
+    @abstractmethod
+    def search(self, loss: Callable[[range, list[Tensor]], float], start: list[Tensor], windows: int, seed: int) -> list[Tensor]:
+        """Return the importance (neurons,) of each layer in float64.
+
+        loss : of the numbers of some windows and a mask (neurons,) for each layer, 1 or 0, returns the mean cross-entropy of the
+        next token in nats. start : the importance by that criterion; windows : their number.
         """
 
 

@@ -21,6 +21,7 @@ class KLFisher(LogitCriterion):
     source = (
         "own derivation; Fisher as the Hessian of KL: Martens (arXiv 1412.1193); squared window sums: Theis (arXiv 1801.05787)"
     )
+    basis = "own"
     needs = ("keys",)
     settings = {
         "reduction": Setting(**vars(LogitCriterion.settings["reduction"]) | {"default": "window"}),

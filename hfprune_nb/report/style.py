@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from hfprune_nb import allocations, criteria
 from hfprune_nb.errors import UserError
+from hfprune_nb.families import BASES
 
 # Okabe and Ito's palette, grey, navy and brown: together with markers and dashes told apart with any colour vision, markers
 # and dashes alone in grey print. The first three looks are those of the paper's criteria.
@@ -132,11 +133,15 @@ class Legend:
         return self._criterion(name).label + (f", {self._allocations[allocation].label}" if allocation else "")
 
     def settings(self, names: Iterable[str]) -> list[str]:
-        """Return a sentence for each of `names` on the numbers that it depends on, also where they are its defaults."""
+        """Return a sentence for each of `names` on the numbers that it depends on, defaults too, and on a basis that is not its
+        authors' own formula.
+        """
         told = []
         for name in dict.fromkeys(name.partition("@")[0] for name in self.in_order(names) if name != DENSE):
             variant, known = self._criterion(name), self._criterion(name).member.settings
             words = [known[key].label(key, value) for key, value in variant.settings.items() if known[key].choices is None]
+            if basis := BASES[variant.member.basis]:
+                words.insert(0, f"{basis} ({variant.member.source})")
             told += [f"{variant.member.label}: {', '.join(words)}."] if words else []
         return told
 

@@ -24,33 +24,39 @@ class Accumulator:
     """Running sums of one pass over the windows: by name, for each layer (segments, ...) on that layer's device.
 
     A segment is what lies between two snapshots: the windows of one process can then be added to those of another, and the sums
-    over the first n windows are still known. Names and shapes are those of the first batch.
+    over the first n windows are still known. Where `subsets` names a criterion, its segments are so many subsets of the windows,
+    every n-th one. Names, `criterion/statistic`, and shapes are those of the first batch.
 
     done : windows of this process already added; batch_size : windows in a forward pass; seconds : time that they took.
     """
 
-    def __init__(self, windows: int, batch_size: int):
-        self.counts = snapshot_counts(windows)
+    def __init__(self, windows: int, batch_size: int, subsets: dict[str, int] | None = None):
+        self.counts, self.subsets = snapshot_counts(windows), subsets or {}
         self.sums: dict[str, list[torch.Tensor]] = {}
         self.values: dict[str, float] = {}
         self.done, self.batch_size, self.seconds = 0, batch_size, 0.0
 
     def add(self, windows: np.ndarray, gradients: dict[str, list[torch.Tensor]], values: dict[str, float]) -> None:
         """Add what a batch gives: windows (batch,) are their numbers among all windows, the rest is what `Reader` returns."""
-        segments = np.searchsorted(self.counts, windows, side="right")
         for name, rows in gradients.items():
+            subsets = self._subsets(name)
+            segments = windows % subsets if subsets else np.searchsorted(self.counts, windows, side="right")
             if name not in self.sums:
-                self.sums[name] = [row.new_zeros(len(self.counts), *row.shape[1:], dtype=torch.float64) for row in rows]
+                count = subsets or len(self.counts)
+                self.sums[name] = [row.new_zeros(count, *row.shape[1:], dtype=torch.float64) for row in rows]
             for segment in np.unique(segments):
-                members = np.flatnonzero(segments == segment)
+                members = torch.as_tensor(np.flatnonzero(segments == segment))
                 for total, row in zip(self.sums[name], rows, strict=True):
-                    total[segment] += row[members[0] : members[-1] + 1].sum(dim=0, dtype=torch.float64)
+                    total[segment] += row[members.to(row.device)].sum(dim=0, dtype=torch.float64)
         for name, value in values.items():
             self.values[name] = self.values.get(name, 0.0) + value
         self.done += len(windows)
 
+    def _subsets(self, name):
+        return self.subsets.get(name.partition("/")[0], 0)
+
     def merged(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, float]]:
-        """Return by name the sums at each snapshot, (snapshots, ...) for each layer, and the values, of all processes.
+        """Return by name the sums at each snapshot, or of each subset, for each layer, and the values, of all processes.
 
         In a process group this is the one all-reduce of the pass, on the CPU and in float64.
         """
@@ -63,14 +69,14 @@ class Accumulator:
             for part, found in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
                 part.copy_(found.view_as(part))
         return (
-            {name: [total.cumsum(dim=0) for total in rows] for name, rows in sums.items()},
+            {name: rows if self._subsets(name) else [total.cumsum(dim=0) for total in rows] for name, rows in sums.items()},
             dict(zip(sorted(self.values), values.tolist(), strict=True)),
         )
 
     def save(self, file: Path, fingerprint: str) -> None:
         """Write everything to `file` as safetensors with JSON metadata, whole or not at all; raise UserError for a full disk."""
         tensors = {f"{name}/{layer}": total.cpu() for name, rows in self.sums.items() for layer, total in enumerate(rows)}
-        state = {name: value for name, value in vars(self).items() if name not in ("sums", "counts")}
+        state = {name: value for name, value in vars(self).items() if name not in ("sums", "counts", "subsets")}
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
         with full_disk_in_one_sentence(file):

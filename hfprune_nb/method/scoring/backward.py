@@ -46,7 +46,12 @@ def _product(hidden, gradient):
     return hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True).mul_(gradient)
 
 
-REDUCTIONS = {"absolute": _absolute, "square": _square, "window": _window}
+def _signed(hidden, gradient):
+    """Return the sum over positions of h * dC/dh."""
+    return _product(hidden, gradient).sum(dim=1)
+
+
+REDUCTIONS = {"absolute": _absolute, "square": _square, "window": _window, "signed": _signed}
 
 
 def _sdmprune(weights, gradients):
@@ -58,8 +63,9 @@ def _sdmprune(weights, gradients):
 class _Target:
     """One gradient, of a formula and a draw, and what is made of it.
 
-    reductions : by name, of the products with activations; statistics : by name, of the gradients for weights, as
-    `WeightGradientCriterion.statistics`; values : the names whose mean of C this is.
+    reductions : by `criterion/statistic`, of the products with activations; statistics : by name, of the gradients for weights,
+    as `WeightGradientCriterion.statistics`; values : the names whose mean of C this is; hidden : the names of `statistics` that
+    take the activations, too.
     """
 
     criterion: LogitCriterion
@@ -67,23 +73,32 @@ class _Target:
     reductions: dict[str, Callable] = dataclasses.field(default_factory=dict)
     statistics: dict[str, Callable] = dataclasses.field(default_factory=dict)
     values: list[str] = dataclasses.field(default_factory=list)
+    hidden: set[str] = dataclasses.field(default_factory=set)
 
 
 def _targets(criteria, compiled) -> list[_Target]:
     found, functions = {}, REDUCTIONS
     if compiled:
         functions = {name: torch.compile(function, dynamic=True) for name, function in REDUCTIONS.items()}
+
+    def targets(source):
+        return [found.setdefault((source.formula, draw), _Target(source, draw)) for draw in range(source.draws)]
+
     for name, criterion in criteria.items():
+        if criterion.kind == "gates":
+            for term, (source, reduction) in criterion.terms.items():
+                for target in targets(source):
+                    target.reductions[f"{name}/{term}"] = functions[reduction]
+            continue
         of_weights = criterion.kind == "weight_gradients"
-        source = criterion.gradient_of if of_weights else criterion
-        for draw in range(source.draws):
-            target = found.setdefault((source.formula, draw), _Target(source, draw))
+        for target in targets(criterion.gradient_of if of_weights else criterion):
             if of_weights:
                 target.statistics[name] = criterion.statistics
-            elif source.aggregation == "weight":
+                target.hidden |= {name} if criterion.needs_hidden else set()
+            elif criterion.aggregation == "weight":
                 target.statistics[name] = _sdmprune
             else:
-                target.reductions[name] = functions[source.reduction]
+                target.reductions[f"{name}/importance"] = functions[criterion.reduction]
             if not of_weights:
                 target.values.append(name)
     return list(found.values())
@@ -133,10 +148,10 @@ class Reader:
         self.mlps = gated_mlps(model)
         of_kind = {
             kind: {name: criterion for name, criterion in criteria.items() if criterion.kind == kind}
-            for kind in ("logits", "weight_gradients", "activations", "measured")
+            for kind in ("logits", "gates", "weight_gradients", "activations", "measured")
         }
         self.activations, self.measured = of_kind["activations"], of_kind["measured"]
-        self.targets = _targets(of_kind["logits"] | of_kind["weight_gradients"], compiled)
+        self.targets = _targets(of_kind["logits"] | of_kind["gates"] | of_kind["weight_gradients"], compiled)
         self.by_weight = any(target.statistics for target in self.targets)
         self.vocabulary = _Vocabulary(model_head, self.targets, chunk_size, compiled, seed) if self.targets else None
         self.first_device = model.get_input_embeddings().weight.device
@@ -270,17 +285,17 @@ class Reader:
     def _reduce(self, target, batch, layer, record, gradients, found):
         """Add to `found` what the `gradients` for the watched tensors of one layer give for one target."""
         counted = self._counted(target, batch)
-        for name, reduction in target.reductions.items():
-            self._add(
-                found, f"{name}/importance", layer, reduction(record.tensors["factor"].detach(), gradients["factor"]) / counted
-            )
+        for key, reduction in target.reductions.items():
+            self._add(found, key, layer, reduction(record.tensors["factor"].detach(), gradients["factor"]) / counted)
         if target.statistics:
             rows = {}
             weights = self._weights(layer)
             for window in range(len(batch)):
                 slopes = self._weight_gradients(record, gradients, window, counted)
+                wide = record.inputs["down"][window].to(weights[0].dtype)
                 for name, statistics in target.statistics.items():
-                    for statistic, row in statistics(weights, slopes).items():
+                    hidden = {"hidden": wide} if name in target.hidden else {}
+                    for statistic, row in statistics(weights, slopes, **hidden).items():
                         rows.setdefault(f"{name}/{statistic}", []).append(row)
             for key, row in rows.items():
                 self._add(found, key, layer, torch.stack(row))

@@ -81,7 +81,7 @@ def _score_shard(folder, rank):
     if rank == 0:
         scores.save(folder / "merged.scores.safetensors")
         scores.save_snapshots(folder / "merged.snapshots.safetensors")
-        told = {name: getattr(scores, name) for name in ("mean_value", "tokens", "seconds", "batch_size")}
+        told = {name: getattr(scores, name) for name in ("mean_value", "tokens", "seconds", "batch_size", "notes")}
         (folder / "merged.json").write_text(json.dumps(told), encoding="utf-8")
 
 

@@ -28,12 +28,13 @@ from hfprune_nb.errors import UserError
 from hfprune_nb.method.scoring import accumulator
 from hfprune_nb.method.scoring.backward import Reader
 from hfprune_nb.method.scoring.scores import Scores
+from hfprune_nb.method.scoring.search import search
 from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
 from hfprune_nb.models import check_context, check_neurons, check_recomputation, check_tokens, gated_mlps, head
 from hfprune_nb.models.cpu_attention import fast_on_cpu
 from hfprune_nb.progress import bar
 
-_FIRST_STAGE = "first stage"
+_FIRST_STAGE, _START = "first stage", "start of "
 
 # Enough tokens in a forward pass to fill the matrix units; more would only take memory.
 CPU_TOKENS, CUDA_TOKENS = 512, 32768
@@ -111,9 +112,11 @@ def score(
         teacher_bytes=TEACHER_BYTES if students else 0,
     )
     started = time.perf_counter()
-    found, mean_value = {}, {}
+    found, mean_value, ranked_last = {}, {}, {}
     tokens = np.size(windows) if reading else 0
+    searching = {name: criterion for name, criterion in reading.items() if criterion.kind == "search"}
     own = tokens * (1 + len(students)) // scoring_pass.world_size
+    own += int(tokens * sum(criterion.passes.forward - criterion.start.passes.forward for criterion in searching.values()))
     with bar(own, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar, fast_on_cpu(model):
         if dense:
             found, mean_value = scoring_pass("dense", dense, None, progress_bar)
@@ -122,19 +125,30 @@ def score(
             student = kept_neurons(first, allocate(model, neuron_ratio=ratio).width_after)
             is_last = index == len(students)
             sums, values = scoring_pass(f"student.{aggregation}.{ratio:g}", group, student, progress_bar, is_last)
-            found |= {name: _rank_last(rows, student, first) for name, rows in sums.items()}
+            found |= sums
             mean_value |= values
-    counts = accumulator.snapshot_counts(len(windows)) if reading else []
-    snapshots = {
-        n: {name: _closed(name, criterion, found, index, n, windows, mlps) for name, criterion in reading.items()}
-        for index, n in enumerate(counts)
-    }
-    importance = snapshots[counts[-1]].copy() if counts else {}
+            ranked_last |= dict.fromkeys(group, (student, first))
+
+        def closed(name, criterion, index, n):
+            rows = _closed(name, criterion, found, index, n, windows, mlps)
+            return _rank_last(rows, *ranked_last[name]) if name in ranked_last else rows
+
+        counts, snapshots, notes = accumulator.snapshot_counts(len(windows)) if reading else [], {}, {}
+        for index, n in enumerate(counts):
+            last = n == len(windows)
+            ready = {name: each for name, each in reading.items() if name not in searching and (last or not each.subsets)}
+            snapshots[n] = {name: closed(name, criterion, index, n) for name, criterion in ready.items()}
+        importance = snapshots[counts[-1]].copy() if counts else {}
+        for name, criterion in searching.items():
+            begin = closed(_START + name, criterion.start, len(counts) - 1, len(windows))
+            importance[name], notes[name] = search(
+                model, scoring_pass.head, windows, criterion, begin, seed, chunk_size, progress_bar
+            )
     importance |= {name: _from_weights(mlps, chosen[name], seed) for name in chosen.keys() - reading.keys()}
     importance = {name: check_importance(importance[name], f"criterion '{name}'") for name in chosen}
     mean_value = {name: value for name, value in mean_value.items() if name in chosen}
     seconds = time.perf_counter() - started + scoring_pass.seconds_before
-    return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots)
+    return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots, notes)
 
 
 def _check(chosen, batch_size, chunk_size, checkpoint_every):
@@ -157,6 +171,8 @@ def _passes(criteria):
             students.setdefault((criterion.aggregation, criterion.first_stage_ratio), {})[name] = criterion
             first = registry.create("one_hot_ce", aggregation=criterion.aggregation)
             dense[f"{_FIRST_STAGE}, {criterion.aggregation}"] = first
+        elif criterion.kind == "search":
+            dense[_START + name] = criterion.start
         else:
             dense[name] = criterion
     return dense, students
@@ -187,7 +203,8 @@ class _Pass:
         of which nothing more is kept after the pass that `is_last`.
         """
         self.forgets_teacher = is_last
-        sums = accumulator.Accumulator(len(self.windows), self.batch_size)
+        subsets = {name: criterion.subsets for name, criterion in group.items() if criterion.subsets}
+        sums = accumulator.Accumulator(len(self.windows), self.batch_size, subsets)
         file = fingerprint = None
         if self.checkpoint is not None:
             file = Path(self.checkpoint) / f"{name}.{self.rank}of{self.world_size}.safetensors"
@@ -196,7 +213,7 @@ class _Pass:
                 logger.info("scoring goes on after %d windows of %s", sums.done, file)
                 self.seconds_before += sums.seconds
         progress_bar.update(sums.done * self.windows.shape[1])
-        has_logits = any(hasattr(criterion, "needs") or hasattr(criterion, "gradient_of") for criterion in group.values())
+        has_logits = any(criterion.kind in ("logits", "gates", "weight_gradients") for criterion in group.values())
         reader = Reader(self.model, self.head if has_logits else None, group, student=student, **self.settings)
         saved, started, before = sums.done, time.perf_counter(), sums.seconds
         while sums.done < len(self.numbers):
@@ -319,8 +336,12 @@ def _closed(name, criterion, found, index, n, windows, mlps):
     count = n * windows.shape[1] if criterion.kind == "activations" else n
     for mlp in mlps:
         device = mlp.down.weight.device
-        own = {statistic: layers[mlp.layer][index].to(device) for statistic, layers in sums.items()}
-        rows.append(criterion.importance(own, mlp.input_weights, mlp.down.weight, count).cpu())
+        own = {statistic: layers[mlp.layer] for statistic, layers in sums.items()}
+        own = {statistic: (rows if criterion.subsets else rows[index]).to(device) for statistic, rows in own.items()}
+        if criterion.kind == "gates":
+            rows.append(criterion.importance(own, n, windows.shape[1]).cpu())
+        else:
+            rows.append(criterion.importance(own, mlp.input_weights, mlp.down.weight, count).cpu())
     return rows
 
 
@@ -329,10 +350,11 @@ def _from_weights(mlps, criterion, seed):
     return [criterion.importance(mlp.input_weights, mlp.down.weight, generator).cpu() for mlp in mlps]
 
 
-def _rank_last(sums, kept, first_stage):
+def _rank_last(importance, kept, first_stage):
     """Give neurons outside `kept` negative scores in the order of `first_stage`, below every neuron that was kept."""
-    lowest = max(row.max() for row in first_stage if len(row))
-    rows = [(first - lowest - 1).repeat(len(own), 1) for first, own in zip(first_stage, sums, strict=True)]
-    for row, own, indices in zip(rows, sums, kept, strict=True):
-        row[:, indices] = own[:, indices]
+    highest = max(row.max() for row in first_stage if len(row))
+    lowest = min(0, *(row[indices].min() for row, indices in zip(importance, kept, strict=True) if len(indices)))
+    rows = [first - highest - 1 + lowest for first in first_stage]
+    for row, own, indices in zip(rows, importance, kept, strict=True):
+        row[indices] = own[indices]
     return rows

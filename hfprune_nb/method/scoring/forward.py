@@ -1,6 +1,7 @@
 """What the forward pass alone tells: statistics of the neurons' activations, collected while it runs."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,14 +17,34 @@ def collected(model, criteria: dict[str, ActivationCriterion]) -> Iterator[dict[
     `criterion/statistic` -> one tensor (batch, ...) for each layer, from h in float32 or wider.
     """
     found: dict[str, list[torch.Tensor]] = {}
+    with_output = {name: criterion for name, criterion in criteria.items() if criterion.needs_output}
+    waiting = {}
+
+    def add(of, wide, **output):
+        for name, criterion in of.items():
+            for statistic, rows in criterion.statistics(wide, **output).items():
+                found.setdefault(f"{name}/{statistic}", []).append(rows)
 
     @torch.no_grad()
-    def collect(_, hidden):
-        wide = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
-        for name, criterion in criteria.items():
-            for statistic, rows in criterion.statistics(wide).items():
-                found.setdefault(f"{name}/{statistic}", []).append(rows)
+    def collect(layer, hidden):
+        wide = _wide(hidden)
+        add({name: criterion for name, criterion in criteria.items() if name not in with_output}, wide)
+        if with_output:
+            waiting[layer] = wide
         return hidden
 
-    with replaced(model, collect) if criteria else contextlib.nullcontext():
+    @torch.no_grad()
+    def leave(layer, _module, _args, output):
+        add(with_output, waiting.pop(layer), output=_wide(output[0] if isinstance(output, tuple) else output))
+
+    with contextlib.ExitStack() as stack:
+        if criteria:
+            stack.enter_context(replaced(model, collect))
+        if with_output:
+            for index, layer in enumerate(model.get_decoder().layers):
+                stack.callback(layer.register_forward_hook(functools.partial(leave, index)).remove)
         yield found
+
+
+def _wide(states):
+    return states.detach().to(torch.promote_types(states.dtype, torch.float32))

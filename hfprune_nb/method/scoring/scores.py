@@ -21,7 +21,9 @@ class Scores:
         computed again does not change it. seconds : wall time, that before a resumed checkpoint included; batch_size : windows
         in a forward pass, as given or found.
     snapshots : n -> criterion -> importance after the first n windows, for n = the powers of two and the total; only criteria
-        that read text. Self-distillation's student is at every n the one of the full first stage.
+        that read text, and of those that keep no snapshots the total alone. Self-distillation's student is at every n the one of
+        the full first stage.
+    notes : criterion -> what else is to be known of how its scores were found, by name.
     """
 
     importance: dict[str, list[torch.Tensor]]
@@ -30,6 +32,7 @@ class Scores:
     seconds: float
     batch_size: int = 0
     snapshots: dict[int, dict[str, list[torch.Tensor]]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Write importance as safetensors with keys `criterion/layer`; raise UserError when the disk is full."""
