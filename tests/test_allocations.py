@@ -140,13 +140,28 @@ def test_a_floor_that_leaves_too_little_to_remove_is_refused():
 # Which criteria it goes with, and how it is named
 
 
-@pytest.mark.parametrize("criterion", criteria.variants(criteria.names()), ids=lambda variant: variant.name)
+BY_WEIGHT = {"entropy": {"aggregation": "weight"}, "as": "by_weight"}
+RELATIVE = {"llm_bip": {"norm": "relative"}, "as": "relative"}
+
+
+def test_settings_decide_whether_scores_can_be_compared():
+    assert [variant.between_layers for variant in criteria.variants(["entropy", BY_WEIGHT, "llm_bip", RELATIVE])] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    "criterion", criteria.variants([*criteria.names(), BY_WEIGHT, RELATIVE]), ids=lambda variant: variant.name
+)
 def test_only_comparable_scores_are_ranked_over_layers(criterion, tiny):
     model = tiny("llama")
     importance = [torch.arange(mlp.width) for mlp in models.gated_mlps(model)]
     chosen = {"neuron_ratio": 0.2, "importance": importance, "criterion": criterion.spec}
     assert selection.allocate(model, allocation="uniform", **chosen).name == "uniform"
-    if criterion.criterion.between_layers:
+    if criterion.between_layers:
         assert selection.allocate(model, allocation="global", **chosen).name == "global"
         return
     with pytest.raises(UserError, match=f"criterion '{criterion.name}' are not comparable between layers") as caught:
