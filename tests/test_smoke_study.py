@@ -59,6 +59,7 @@ def test_every_job_of_the_grid_is_computed(smoke):
     assert "26 jobs" in smoke.answer and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer
     # Two seeds, five criteria, one ratio; magnitude reads weights only and has one seed.
     expected = {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1, "experiments": 1, "questions": 1}
+    expected["recommendation"] = 1
     assert {stage: len(smoke.artifacts(stage)) for stage in expected} == expected
 
 
@@ -106,7 +107,7 @@ def test_results_are_published_for_a_reader(smoke):
             assert (smoke.folder / "figures" / f"{name}.{suffix}").stat().st_size > 1000
     pages = {path.stem for path in (smoke.folder / "notebooks").glob("*.html")}
     chain = {"01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"}
-    assert pages == chain | {"08_experiments", "09_questions"}
+    assert pages == chain | {"08_experiments", "09_questions", "12_recommendation"}
     index = (smoke.folder / "index.html").read_text(encoding="utf-8")
     for link in re.findall(r'href="([^"]+)"', index):
         assert (smoke.folder / link).is_file(), link

@@ -45,6 +45,10 @@ QUESTIONS = (
     'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []\nexperiments: list = []',
     "[read(artifact) for artifact in run.inputs['experiments']]",
 )
+RECOMMENDATION = (
+    'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []',
+    "[read(artifact) for artifact in run.inputs['evaluations']]",
+)
 STEP = """\
 from hfprune_nb.runs import stage
 
@@ -95,6 +99,7 @@ def write_project(project: Path) -> Path:
     write_stage(project, "cost", "07_cost.ipynb", COST)
     write_stage(project, "experiments", "08_experiments.ipynb", EXPERIMENTS)
     write_stage(project, "questions", "09_questions.ipynb", QUESTIONS)
+    write_stage(project, "recommendation", "12_recommendation.ipynb", RECOMMENDATION)
     write_study(project)
     (project / "data").mkdir()
     (project / "data" / "rates.yaml").write_bytes((Path(__file__).parents[1] / "data" / "rates.yaml").read_bytes())

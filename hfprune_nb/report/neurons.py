@@ -7,10 +7,13 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import stats
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.results import kept, percent, percents, scores, specs
@@ -146,6 +149,49 @@ def rank_agreement_figure(agreement: pd.DataFrame, model: str, legend: Legend) -
 def _seeds(rows: pd.DataFrame) -> str:
     count = rows["seed"].nunique(dropna=False)
     return "one seed" if count == 1 else f"mean and range of {count} seeds"
+
+
+def overlap_map(scoring_folders: Iterable[Path], ratios: dict[str, float]) -> pd.DataFrame:
+    """Return the Jaccard overlap of the sets that two criteria keep with uniform widths, the mean over layers and seeds.
+
+    ratios : model -> fraction of its neurons that goes. One row per model and ordered pair (model, a, b, jaccard, n); a pair of
+    equal names holds the overlap of two calibration seeds, and is missing where there is one seed.
+    """
+    kept_by = {}
+    for facts, importance in map(scores, scoring_folders):
+        for name, rows in importance.items():
+            if facts["model"] in ratios:
+                kept_by.setdefault((facts["model"], name), {})[facts["seed"]] = kept_sets(rows, ratios[facts["model"]])
+    rows = []
+    for (model, a), (other, b) in itertools.product(kept_by, repeat=2):
+        if model != other:
+            continue
+        left, right = kept_by[model, a], kept_by[model, b]
+        seeds = itertools.combinations(left, 2) if a == b else ((seed, seed) for seed in left if seed in right)
+        found = [np.mean(list(map(jaccard, left[one], right[two]))) for one, two in seeds]
+        if found:
+            rows.append([model, a, b, np.mean(found), len(found)])
+    return pd.DataFrame(rows, columns=["model", "a", "b", "jaccard", "n"])
+
+
+def overlap_map_figure(overlaps: pd.DataFrame, model: str, legend: Legend) -> Figure:
+    """Draw `overlap_map` as a heat map, criteria that keep similar neurons beside each other (average linkage)."""
+    square = overlaps[overlaps["model"] == model].pivot(index="a", columns="b", values="jaccard")
+    if len(square) < 2:
+        return message("Fewer than two criteria were scored: no overlap to draw.")
+    distances = 1 - square.where(~np.eye(len(square), dtype=bool), 1).to_numpy()
+    order = hierarchy.leaves_list(hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True))
+    square = square.iloc[order, order].rename(index=legend.label, columns=legend.label)
+    with mpl.rc_context(STYLE):
+        size = 3 + 0.48 * len(square)
+        fig, ax = plt.subplots(figsize=(size + 1, size))
+        seaborn.heatmap(
+            square, ax=ax, cmap="cividis", annot=len(square) <= 16, fmt=".2f", annot_kws={"size": 7}, square=True, robust=True,
+            cbar_kws={"label": "Jaccard overlap of kept neurons", "shrink": 0.7},
+        )  # fmt: skip
+        ax.set(xlabel="", ylabel="", title=f"{model}: which criteria keep the same neurons\n(diagonal: two calibration seeds)")
+        ax.tick_params(length=0)
+    return closed(fig)
 
 
 def kept_pairs(pruning_folders: Iterable[Path], legend: Legend) -> pd.DataFrame:

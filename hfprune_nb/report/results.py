@@ -111,12 +111,12 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     names = Legend(spec for summary, _ in read for spec in specs(summary))
 
     def reading_order(evaluation: tuple[dict, Path]) -> tuple:
-        row = _model_row(evaluation[0])
+        row = model_row(evaluation[0])
         return row["model"], row["ratio"], names.order(row["criterion"]), row["seed"]
 
     # Artifacts come in the order of their hashes, which means nothing to a reader.
     summaries, folders = zip(*sorted(plain, key=reading_order), strict=True)
-    models = pd.DataFrame([_model_row(summary) for summary in summaries])
+    models = pd.DataFrame([model_row(summary) for summary in summaries])
     repeated = models[models.duplicated(KEYS, keep=False)]
     if len(repeated):
         first = repeated.iloc[0]
@@ -191,7 +191,8 @@ def read_summary(folder: Path) -> dict:
     return summary
 
 
-def _model_row(summary: dict) -> dict:
+def model_row(summary: dict) -> dict:
+    """Return an evaluation's row of `Results.models`."""
     ratio = summary["ratio"] if summary["ratio"] is not None else summary.get("achieved_ratio")
     return {
         "model": summary["model"],

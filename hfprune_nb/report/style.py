@@ -176,6 +176,14 @@ class Legend:
             return {"color": DENSE_COLOUR, "marker": "none", "linestyle": "solid"}
         return look(self._place(name))
 
+    def forwards(self, name: str) -> float:
+        """Return how many forward passes over the calibration text scoring by a criterion takes, a backward pass counted as two.
+
+        Infinite for one that silences every neuron in turn.
+        """
+        passes = self._criterion(name).passes
+        return float("inf") if passes.per_neuron else passes.forward + 2 * passes.backward
+
     def _place(self, name: str) -> int:
         if self._is_of_paper(name):
             return self._criterion(name).member.rank

@@ -51,4 +51,5 @@ def find(name: str, **changes: str) -> Recipe:
 
 
 def _read() -> dict:
-    return yaml.safe_load(text_files.read_text(paths.notebooks() / "recipes.yaml", "recipes"))
+    file = paths.notebooks() / "recipes.yaml"
+    return yaml.safe_load(text_files.read_text(file, "recipes")) if file.is_file() else {}
