@@ -33,7 +33,8 @@ class Criterion(Member, ABC):
     kind : what it gives the engine. unit : of the importance; between_layers : whether scores of different layers may be
     compared, which only those in units of the model's output may. reads_text : whether it needs calibration text; seeded :
     whether another calibration seed, or another random seed, gives other scores; baseline : whether any criterion should beat
-    it. rank : the paper's three are 0 to 2, others 10, baselines 20. passes : how often the text is read.
+    it. of_groups : whether it scores attention's key-value groups as well as neurons. rank : the paper's three are 0 to 2,
+    others 10, baselines 20. passes : how often the text is read.
     subsets : where it is not 0, sums over windows are handed over as (subsets, ...), window n being in subset n modulo
     `subsets`, and there are no snapshots of fewer windows: also, with 1, for sums that are too large to be kept several times.
     """
@@ -45,6 +46,7 @@ class Criterion(Member, ABC):
     reads_text = True
     seeded = True
     baseline = False
+    of_groups = False
     passes = Passes()
     subsets = 0
 
@@ -94,6 +96,11 @@ class LogitCriterion(Criterion):
         if complete["aggregation"] == "weight" and complete["reduction"] != cls.settings["reduction"].default:
             raise UserError(f"criterion '{cls.name}': reduction is of activations: leave it out with aggregation 'weight'.")
         return complete
+
+    @property
+    def of_groups(self) -> bool:
+        """Whether its products are with activations, which groups have as well."""
+        return self.aggregation == "activation"
 
     @property
     def only_labelled(self) -> bool:

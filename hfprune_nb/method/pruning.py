@@ -7,26 +7,46 @@ from torch import nn
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import load_tensors, save_tensors
-from hfprune_nb.models import check_neurons, gated_mlps, kept_indices
+from hfprune_nb.models import attention_groups, check_groups, check_neurons, gated_mlps, kept_indices, set_groups
 from hfprune_nb.models.modeling_per_layer import set_widths
 
 
-def narrow(model, kept):
+def narrow(model, kept, groups=None):
     """Remove, in place, all neurons but `kept` from every gated MLP, and return the model.
 
     kept : ascending indices for each layer, as tensors or lists; layers may keep different numbers. The configuration follows:
     `intermediate_size` where all layers are equally wide, so that `save_pretrained` writes a plain checkpoint, otherwise
-    `per_layer_config`. Raises UserError for indices that do not fit the model, repeat, or are out of order.
+    `per_layer_config`. groups : the attention groups that stay, in the same way, but equally many in every layer, at least one:
+    no configuration of transformers holds more than one number of heads. None: all. Raises UserError for indices that do not
+    fit the model, repeat, or are out of order.
     """
     check_neurons(model)
     mlps = gated_mlps(model)
-    for mlp, indices in zip(mlps, kept_indices(mlps, kept), strict=True):
+    kept = kept_indices(mlps, kept)
+    if groups is not None:
+        _narrow_attention(model, groups)
+    for mlp, indices in zip(mlps, kept, strict=True):
         mlp.keep(indices)
     set_widths(model.config.get_text_config(), [mlp.width for mlp in mlps])
     for mlp, layer in zip(mlps, model.get_decoder().layers, strict=True):
         if hasattr(layer.mlp, "intermediate_size"):
             layer.mlp.intermediate_size = mlp.width
     return model
+
+
+def _narrow_attention(model, groups) -> None:
+    check_groups(model)
+    units = attention_groups(model)
+    indices = kept_indices(units, groups)
+    counts = {len(row) for row in indices}
+    if len(counts) > 1 or counts == {0}:
+        raise UserError(
+            f"groups: layers keep {min(counts)} to {max(counts)} attention groups, which no configuration can say: keep the same "
+            "number, at least one, in every layer."
+        )
+    for unit, row in zip(units, indices, strict=True):
+        unit.keep(row)
+    set_groups(model.config.get_text_config(), units[0].queries, *counts, units[0].head_dim)
 
 
 def repair(model, repaired: dict[str, torch.Tensor]):
@@ -66,17 +86,18 @@ def check_takes_bias(model) -> None:
 def rebuild(model, folder: str | Path):
     """Make `model`, the dense one, in place, the model that a finished pruning stage wrote into `folder`, and return it.
 
-    Reads kept.safetensors and, where the neurons left were repaired, repaired.safetensors. Raises UserError for files that are
-    missing, damaged or of another model.
+    Reads kept.safetensors and, where attention groups were removed, groups.safetensors, where the neurons left were repaired,
+    repaired.safetensors. Raises UserError for files that are missing, damaged or of another model.
     """
     folder = Path(folder)
-    narrow(model, load_kept(folder / "kept.safetensors"))
+    groups = folder / "groups.safetensors"
+    narrow(model, load_kept(folder / "kept.safetensors"), load_kept(groups) if groups.is_file() else None)
     repaired = folder / "repaired.safetensors"
     return repair(model, load_tensors(repaired)) if repaired.is_file() else model
 
 
 def save_kept(kept, file: str | Path) -> None:
-    """Write kept indices, one list or tensor for each layer, as safetensors: int64 tensors `layers.<l>`."""
+    """Write kept indices of neurons or groups, one list or tensor for each layer, as safetensors: int64 tensors `layers.<l>`."""
     save_tensors({f"layers.{layer}": torch.as_tensor(row, dtype=torch.int64) for layer, row in enumerate(kept)}, file)
 
 

@@ -15,18 +15,30 @@ from hfprune_nb.models.loading import (
     resolve_dtype,
     tokenizer,
 )
-from hfprune_nb.models.probe import agree, check_neurons, check_recomputation, reads_packed, widened
-from hfprune_nb.models.units import GatedMLP, count_parameters, gated_mlps, kept_indices, weights_digest
+from hfprune_nb.models.probe import agree, check_groups, check_neurons, check_recomputation, reads_packed, widened
+from hfprune_nb.models.units import (
+    AttentionGroups,
+    GatedMLP,
+    attention_groups,
+    count_parameters,
+    gated_mlps,
+    kept_indices,
+    set_groups,
+    weights_digest,
+)
 
 __all__ = [
     "ATTENTIONS",
     "DTYPES",
     "TINY",
+    "AttentionGroups",
     "GatedMLP",
     "Head",
     "agree",
     "aliases",
+    "attention_groups",
     "check_context",
+    "check_groups",
     "check_neurons",
     "check_recomputation",
     "check_tokens",
@@ -44,6 +56,7 @@ __all__ = [
     "reads_packed",
     "resolve_device",
     "resolve_dtype",
+    "set_groups",
     "tokenizer",
     "weights_digest",
     "widened",

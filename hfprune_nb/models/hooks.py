@@ -1,19 +1,22 @@
-"""Hooks in every gated MLP: where neurons are watched, and where they are silenced without being removed."""
+"""Hooks where neurons and attention groups are watched, and where they are silenced without being removed."""
 
 import contextlib
 import functools
 
 import torch
 
-from hfprune_nb.models.units import gated_mlps, kept_indices
+from hfprune_nb.models.units import attention_groups, gated_mlps, kept_indices
 
 
 @contextlib.contextmanager
-def replaced(model, replace):
-    """Within the context, every MLP hidden activation h (batch, seq, neurons) of layer l becomes `replace(l, h)`."""
+def replaced(model, replace, units=gated_mlps):
+    """Within the context, every MLP hidden activation h (batch, seq, neurons) of layer l becomes `replace(l, h)`.
+
+    With `units=attention_groups` it is what the heads give to `o_proj` (batch, seq, groups * channels).
+    """
     handles = [
-        mlp.down.register_forward_pre_hook(lambda _, inputs, layer=mlp.layer: (replace(layer, inputs[0]),))
-        for mlp in gated_mlps(model)
+        unit.output.register_forward_pre_hook(lambda _, inputs, layer=unit.layer: (replace(layer, inputs[0]),))
+        for unit in units(model)
     ]
     try:
         yield
@@ -58,11 +61,25 @@ def _replace_output(replace, layer, name, _module, inputs, output):
     return replace(layer, name, output, inputs[0])
 
 
-def silenced(model, kept):
-    """Return a context in which all neurons but `kept`, ascending indices for each layer, are zero; shapes stay as they are."""
-    mlps, masks = gated_mlps(model), []
-    for mlp, indices in zip(mlps, kept_indices(mlps, kept), strict=True):
-        mask = torch.zeros(mlp.width, dtype=mlp.down.weight.dtype, device=mlp.down.weight.device)
+def silenced(model, kept, groups=None):
+    """Return a context in which all neurons but `kept`, ascending indices for each layer, are zero; shapes stay as they are.
+
+    groups : the attention groups that stay, in the same way; None: all.
+    """
+    chosen = [(units, rows) for units, rows in ((gated_mlps, kept), (attention_groups, groups)) if rows is not None]
+    return _masked(model, [(units, _masks(units(model), rows)) for units, rows in chosen])
+
+
+@contextlib.contextmanager
+def _masked(model, chosen):
+    with contextlib.ExitStack() as stack:
+        for units, masks in chosen:
+            stack.enter_context(replaced(model, lambda layer, hidden, masks=masks: hidden * masks[layer], units))
+        yield
+
+
+def _masks(units, kept):
+    masks = [torch.zeros(unit.width, dtype=unit.output.weight.dtype, device=unit.output.weight.device) for unit in units]
+    for mask, indices in zip(masks, kept_indices(units, kept), strict=True):
         mask[indices] = 1
-        masks.append(mask)
-    return replaced(model, lambda layer, hidden: hidden * masks[layer])
+    return [mask.repeat_interleave(unit.channels) for mask, unit in zip(masks, units, strict=True)]

@@ -6,7 +6,7 @@ import copy
 import torch
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.models.units import gated_mlp, gated_mlps
+from hfprune_nb.models.units import attention_groups, gated_mlp, gated_mlps, layer_groups, set_groups
 
 _TOKENS = 8
 _TOLERANCE = 1e-5  # of the largest output, in float32; the dependence of a threshold on one neuron is ten times that
@@ -45,6 +45,36 @@ def check_neurons(model) -> None:
                     f"model: {architecture} is not supported: in layer {layer} the other neurons change when one is removed "
                     f"(by {float(difference):.2g} of {float(expected.abs().max()):.2g}), so no importance could foresee it."
                 )
+
+
+@torch.no_grad()
+def check_groups(model) -> None:
+    """Raise UserError unless a silenced attention group is as good as a removed one in `model`, which is left as it was.
+
+    The attention of the first layer runs in float32 or wider on what a few tokens bring to it, as `check_neurons` does. Raises
+    UserError also where a layer's attention does not run once in a forward pass.
+    """
+    groups, architecture = attention_groups(model), type(model).__name__
+    calls = _calls(model, [unit.module for unit in groups])
+    if bad := next((unit.layer for unit in groups if len(calls[unit.layer]) != 1), None):
+        raise UserError(
+            f"attention_groups: {architecture} is not supported: the attention of layer {bad} runs {len(calls[bad])} times."
+        )
+    (args, kwargs), own = calls[0][0], groups[0]
+    if own.width == 1:
+        return
+    whole = _wide(own.module)
+    with _silenced(whole.o_proj, own.channels):
+        expected = whole(*_wide(args), **_wide(kwargs))[0]
+    narrow = copy.deepcopy(whole)
+    layer_groups(0, narrow, narrow.config, architecture).keep(torch.arange(1, own.width))
+    set_groups(narrow.config, own.queries, own.width - 1, own.head_dim)
+    difference = (narrow(*_wide(args), **_wide(kwargs))[0] - expected).abs().max()
+    if difference > _TOLERANCE * expected.abs().max():
+        raise UserError(
+            f"attention_groups: {architecture} is not supported: in layer 0 the other groups change when one is removed "
+            f"(by {float(difference):.2g} of {float(expected.abs().max()):.2g}), so no importance could foresee it."
+        )
 
 
 @torch.no_grad()

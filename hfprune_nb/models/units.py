@@ -1,8 +1,9 @@
-"""What can be removed from a model: the neurons of its gated MLPs."""
+"""What can be removed from a model: the neurons of its gated MLPs, and the key-value groups of its attention."""
 
 import dataclasses
 import hashlib
 import re
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +39,13 @@ class GatedMLP:
     gate: nn.Linear | None = None
     up: nn.Linear | None = None
     fused: nn.Linear | None = None
+    noun: ClassVar[str] = "neuron"
+    channels: ClassVar[int] = 1
+
+    @property
+    def output(self) -> nn.Linear:
+        """The module whose input is h."""
+        return self.down
 
     @property
     def width(self) -> int:
@@ -67,6 +75,119 @@ class GatedMLP:
         for module in self.inputs:
             _take(module, rows, dimension=0)
         _take(self.down, indices, dimension=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionGroups:
+    """One layer's attention as key-value groups: each is one key-value head with all query heads that read it.
+
+    Where each query head has keys and values of its own, a group is a head. `query`, `key` and `value` are separate linear
+    modules, or all None where `fused` holds their rows one after the other (Phi-3); the input of `output` holds head_dim
+    channels for each query head, those of a group beside each other. queries : query heads of a group.
+    """
+
+    layer: int
+    module: nn.Module
+    output: nn.Linear
+    head_dim: int
+    queries: int
+    query: nn.Linear | None = None
+    key: nn.Linear | None = None
+    value: nn.Linear | None = None
+    fused: nn.Linear | None = None
+    noun: ClassVar[str] = "group"
+
+    @property
+    def channels(self) -> int:
+        """Channels of one group in the input of `output`."""
+        return self.queries * self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Number of groups (num_key_value_heads)."""
+        return self.output.in_features // self.channels
+
+    @property
+    def parameters_per_group(self) -> int:
+        """Parameters that go when one group is removed: its rows of the projections, their biases, its columns of `output`."""
+        columns = self.channels * self.output.out_features
+        if self.fused is not None:
+            return columns + (self.channels + 2 * self.head_dim) * _row(self.fused)
+        return columns + self.channels * _row(self.query) + self.head_dim * (_row(self.key) + _row(self.value))
+
+    def keep(self, indices: torch.Tensor) -> None:
+        """Remove, in place, all groups but those at `indices` (groups kept,), in that order; norms of a head are shared and stay.
+
+        The configuration, which some architectures read while they run, is `set_groups`'s to write.
+        """
+        indices = indices.to(self.output.weight.device)
+        queries, keys = _channels(indices, self.channels), _channels(indices, self.head_dim)
+        if self.fused is not None:
+            first = self.output.in_features
+            _take(self.fused, torch.cat([queries, first + keys, first + self.width * self.head_dim + keys]), dimension=0)
+        else:
+            for module, rows in ((self.query, queries), (self.key, keys), (self.value, keys)):
+                _take(module, rows, dimension=0)
+        if hasattr(self.module, "num_key_value_heads"):
+            self.module.num_key_value_heads = len(indices)
+        _take(self.output, queries, dimension=1)
+
+
+def attention_groups(model) -> list[AttentionGroups]:
+    """Return the key-value groups of every decoder layer's attention, first to last.
+
+    Raises UserError, which says what was looked for, where a layer has none such, where layers differ in their numbers, and where
+    the attention holds weights that belong to no single group (norms over all heads, sinks, gates).
+    """
+    config, architecture = model.config.get_text_config(), type(model).__name__
+    layers = getattr(model.get_decoder(), "layers", ())
+    found = [layer_groups(index, getattr(layer, "self_attn", None), config, architecture) for index, layer in enumerate(layers)]
+    if len({(groups.width, groups.head_dim) for groups in found}) != 1:
+        raise UserError(f"attention_groups: {architecture} is not supported: its layers have different numbers of heads.")
+    return found
+
+
+def set_groups(config, queries: int, groups: int, head_dim: int) -> None:
+    """Write `groups` key-value heads with `queries` query heads each into a text configuration.
+
+    head_dim : stated, as transformers would otherwise compute it anew from the fewer heads.
+    """
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = queries * groups, groups, head_dim
+
+
+def layer_groups(index: int, module: nn.Module | None, config, architecture: str) -> AttentionGroups:
+    """Return the attention `module` of layer `index` as `AttentionGroups`; raise UserError where it is none, or more."""
+    linear = {name: part for name, part in module.named_children() if type(part) is nn.Linear} if module is not None else {}
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries, sizes = heads // groups, {"q_proj": heads, "k_proj": groups, "v_proj": groups, "qkv_proj": heads + 2 * groups}
+    if linear.keys() == {"q_proj", "k_proj", "v_proj", "o_proj"}:
+        parts = {"query": linear["q_proj"], "key": linear["k_proj"], "value": linear["v_proj"]}
+    elif linear.keys() == {"qkv_proj", "o_proj"}:
+        parts = {"fused": linear["qkv_proj"]}
+    else:
+        raise UserError(
+            f"attention_groups: {architecture} is not supported: the attention of layer {index} is not made of linear modules "
+            "`self_attn.q_proj`, `k_proj`, `v_proj` (or a fused `qkv_proj`) and `o_proj`."
+        )
+    fits = all(linear[name].out_features == head_dim * size for name, size in sizes.items() if name in linear)
+    own = {id(parameter) for part in linear.values() for parameter in part.parameters()}
+    others = [name for name, parameter in module.named_parameters() if id(parameter) not in own and len(parameter) != head_dim]
+    if not fits or linear["o_proj"].in_features != head_dim * heads or others:
+        raise UserError(
+            f"attention_groups: {architecture} is not supported: the attention of layer {index} is not {groups} groups of "
+            f"{queries} query heads with one key and one value head of {head_dim} channels each"
+            + (f", but has `{others[0]}` over all of them." if others else ".")
+        )
+    return AttentionGroups(index, module, linear["o_proj"], head_dim, queries, **parts)
+
+
+def _row(module: nn.Linear) -> int:
+    return module.in_features + (module.bias is not None)
+
+
+def _channels(indices: torch.Tensor, size: int) -> torch.Tensor:
+    return (indices[:, None] * size + torch.arange(size, device=indices.device)).flatten()
 
 
 def gated_mlps(model) -> list[GatedMLP]:
@@ -119,29 +240,29 @@ def gated_mlp(index: int, mlp: nn.Module | None, architecture: str) -> GatedMLP:
     return found
 
 
-def kept_indices(mlps: list[GatedMLP], kept) -> list[torch.Tensor]:
-    """Return the kept neurons of each layer as int64 tensors on its device, after a check.
+def kept_indices(units: list[GatedMLP] | list[AttentionGroups], kept) -> list[torch.Tensor]:
+    """Return the kept neurons, or groups, of each layer as int64 tensors on its device, after a check.
 
     kept : for each layer ascending indices, as a tensor, an array or a list. Raises UserError for another number of layers, and
-    for indices that repeat, are out of order, or are no neuron of their layer.
+    for indices that repeat, are out of order, or are no unit of their layer.
     """
-    if len(kept) != len(mlps):
+    if len(kept) != len(units):
         raise UserError(
-            f"kept: indices for {len(kept)} layers do not fit the {len(mlps)} layers: prune the model that was scored."
+            f"kept: indices for {len(kept)} layers do not fit the {len(units)} layers: prune the model that was scored."
         )
     found = []
-    for mlp, row in zip(mlps, kept, strict=True):
+    for unit, row in zip(units, kept, strict=True):
+        layer, noun = unit.layer, unit.noun
         indices = torch.as_tensor(row if len(row) else [], dtype=None if len(row) else torch.int64)
         if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
-            raise UserError(f"kept: layer {mlp.layer} has no list of whole numbers: give the indices of the neurons that stay.")
-        indices = indices.to(mlp.down.weight.device, torch.int64)
+            raise UserError(f"kept: layer {layer} has no list of whole numbers: give the indices of the {noun}s that stay.")
+        indices = indices.to(unit.output.weight.device, torch.int64)
         if (indices.diff() <= 0).any():
-            raise UserError(f"kept: neurons of layer {mlp.layer} repeat or are out of order: give each once, ascending.")
-        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < mlp.width:
+            raise UserError(f"kept: {noun}s of layer {layer} repeat or are out of order: give each once, ascending.")
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < unit.width:
             wrong = int(indices[0]) if indices[0] < 0 else int(indices[-1])
             raise UserError(
-                f"kept: neuron {wrong} of layer {mlp.layer} does not exist with intermediate_size {mlp.width}: prune the model "
-                "that was scored."
+                f"kept: {noun} {wrong} of layer {layer} does not exist among {unit.width}: prune the model that was scored."
             )
         found.append(indices)
     return found

@@ -19,36 +19,42 @@ import torch
 
 from hfprune_nb.criteria import Criterion, LogitCriterion, noise
 from hfprune_nb.method.scoring.forward import collected
-from hfprune_nb.models import final_hidden, gated_mlps
-from hfprune_nb.models.hooks import factored, linear_outputs, silenced
+from hfprune_nb.models import attention_groups, final_hidden, gated_mlps
+from hfprune_nb.models.hooks import factored, linear_outputs, replaced, silenced
 from hfprune_nb.models.lm_head import matmul_precision
+
+ATTENTION = "attention:"  # how the statistics of attention groups are called
 
 # Positions whose float32 rows stay in the cache of a CPU while a criterion goes over them again and again.
 _CACHED_ROWS = 16
 
 
-def _absolute(hidden, gradient):
-    """Return the sum over positions of |h * dC/dh|, (batch, neurons), in float32 or wider; `hidden` is h or its factor."""
-    return torch.linalg.vector_norm(_product(hidden, gradient), ord=1, dim=1)
+def _absolute(hidden, gradient, channels=1):
+    """Return the sum over positions of |h * dC/dh|, (batch, units), in float32 or wider.
+
+    hidden : (batch, positions, units * channels), h or its factor; the products of a unit's channels are summed first.
+    """
+    return torch.linalg.vector_norm(_product(hidden, gradient, channels), ord=1, dim=1)
 
 
-def _square(hidden, gradient):
+def _square(hidden, gradient, channels=1):
     """Return half the sum over positions of (h * dC/dh)^2."""
-    return _product(hidden, gradient).square_().sum(dim=1) / 2
+    return _product(hidden, gradient, channels).square_().sum(dim=1) / 2
 
 
-def _window(hidden, gradient):
+def _window(hidden, gradient, channels=1):
     """Return half the square of the sum over positions of h * dC/dh."""
-    return _product(hidden, gradient).sum(dim=1).square_() / 2
+    return _product(hidden, gradient, channels).sum(dim=1).square_() / 2
 
 
-def _product(hidden, gradient):
-    return hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True).mul_(gradient)
+def _product(hidden, gradient, channels):
+    product = hidden.to(torch.promote_types(hidden.dtype, torch.float32), copy=True).mul_(gradient)
+    return product if channels == 1 else product.unflatten(-1, (-1, channels)).sum(-1)
 
 
-def _signed(hidden, gradient):
+def _signed(hidden, gradient, channels=1):
     """Return the sum over positions of h * dC/dh."""
-    return _product(hidden, gradient).sum(dim=1)
+    return _product(hidden, gradient, channels).sum(dim=1)
 
 
 REDUCTIONS = {"absolute": _absolute, "square": _square, "window": _window, "signed": _signed}
@@ -63,8 +69,9 @@ def _sdmprune(weights, gradients):
 class _Target:
     """One gradient, of a formula and a draw, and what is made of it.
 
-    reductions : by `criterion/statistic`, of the products with activations; statistics : by name, of the gradients for weights,
-    as `WeightGradientCriterion.statistics`; values : the names whose mean of C this is; hidden : the names of `statistics` that
+    reductions : by `criterion/statistic`, of the products with activations; groups : the same by `criterion/attention:statistic`,
+    of what attention groups give to `o_proj`; statistics : by name, of the gradients for weights, as
+    `WeightGradientCriterion.statistics`; values : the names whose mean of C this is; hidden : the names of `statistics` that
     take the activations, too.
     """
 
@@ -74,9 +81,10 @@ class _Target:
     statistics: dict[str, Callable] = dataclasses.field(default_factory=dict)
     values: list[str] = dataclasses.field(default_factory=list)
     hidden: set[str] = dataclasses.field(default_factory=set)
+    groups: dict[str, Callable] = dataclasses.field(default_factory=dict)
 
 
-def _targets(criteria, compiled) -> list[_Target]:
+def _targets(criteria, compiled, groups) -> list[_Target]:
     found, functions = {}, REDUCTIONS
     if compiled:
         functions = {name: torch.compile(function, dynamic=True) for name, function in REDUCTIONS.items()}
@@ -99,6 +107,8 @@ def _targets(criteria, compiled) -> list[_Target]:
                 target.statistics[name] = _sdmprune
             else:
                 target.reductions[f"{name}/importance"] = functions[criterion.reduction]
+                if groups:
+                    target.groups[f"{name}/{ATTENTION}importance"] = functions[criterion.reduction]
             if not of_weights:
                 target.values.append(name)
     return list(found.values())
@@ -128,6 +138,7 @@ class Reader:
     student : for each layer the indices of the neurons that are left, or None for the dense model. Teacher and student are
         the same weights, the student with the other neurons silenced; the teacher is known by its final hidden states, and its
         logits exist for one chunk of positions at a time: for the vocabulary they would take 50 to 250 times the memory.
+    groups : score attention groups as well.
     checkpointing : keep each layer's input only and compute the layer again when its gradient is needed.
     compiled : compile each criterion and the sum over a window's positions.
     """
@@ -141,17 +152,18 @@ class Reader:
         chunk_size: int,
         seed: int = 0,
         student=None,
+        groups: bool = False,
         checkpointing: bool = False,
         compiled: bool = False,
     ):
         self.model, self.student, self.checkpointing = model, student, checkpointing
-        self.mlps = gated_mlps(model)
+        self.mlps, self.groups = gated_mlps(model), attention_groups(model) if groups else []
         of_kind = {
             kind: {name: criterion for name, criterion in criteria.items() if criterion.kind == kind}
             for kind in ("logits", "gates", "weight_gradients", "activations", "measured")
         }
         self.activations, self.measured = of_kind["activations"], of_kind["measured"]
-        self.targets = _targets(of_kind["logits"] | of_kind["gates"] | of_kind["weight_gradients"], compiled)
+        self.targets = _targets(of_kind["logits"] | of_kind["gates"] | of_kind["weight_gradients"], compiled, groups)
         self.by_weight = any(target.statistics for target in self.targets)
         self.vocabulary = _Vocabulary(model_head, self.targets, chunk_size, compiled, seed) if self.targets else None
         self.first_device = model.get_input_embeddings().weight.device
@@ -159,10 +171,10 @@ class Reader:
     def __call__(self, windows, numbers, teacher_hidden=None):
         """Return (gradients, values, hidden) of windows (batch, seq), whose `numbers` among all windows are (batch,).
 
-        gradients : `criterion/statistic` -> for each layer a tensor (batch, ...) on that layer's device, float32 or wider;
-        values : C of each logit criterion, averaged over positions and summed over windows, in nats; hidden : final hidden
-        states (batch, seq, hidden). teacher_hidden : that which the dense model gave for the same windows; without it, a
-        student's teacher is computed.
+        gradients : `criterion/statistic`, of groups `criterion/attention:statistic` -> for each layer a tensor (batch, ...) on
+        that layer's device, float32 or wider; values : C of each logit criterion, averaged over positions and summed over
+        windows, in nats; hidden : final hidden states (batch, seq, hidden). teacher_hidden : that which the dense model gave for
+        the same windows; without it, a student's teacher is computed.
         """
         batch = torch.as_tensor(windows, dtype=torch.long, device=self.first_device)
         if self.student is not None and teacher_hidden is None:
@@ -197,8 +209,10 @@ class Reader:
         return (batch.shape[1] - target.criterion.only_labelled) * target.criterion.draws
 
     def _forward(self, batch):
-        with collected(self.model, self.activations) as found:
-            return final_hidden(self.model, batch), found
+        of_groups = collected(self.model, self.activations, attention_groups) if self.groups else contextlib.nullcontext({})
+        with collected(self.model, self.activations) as found, of_groups as others:
+            hidden = final_hidden(self.model, batch)
+        return hidden, found | {key.replace("/", f"/{ATTENTION}", 1): rows for key, rows in others.items()}
 
     @contextlib.contextmanager
     def _watching(self):
@@ -210,7 +224,10 @@ class Reader:
 
         # The factor first, so that the output of `up` is the factor itself.
         linear = linear_outputs(self.model, note) if self.by_weight else contextlib.nullcontext()
-        with factored(self.model, lambda layer, factor: note(layer, "factor", factor)), linear:
+        groups = contextlib.nullcontext()
+        if self.groups:
+            groups = replaced(self.model, lambda layer, given: note(layer, "groups", given), attention_groups)
+        with factored(self.model, lambda layer, factor: note(layer, "factor", factor)), linear, groups:
             yield watched
 
     def _from_graph(self, batch, numbers, teacher_hidden):
@@ -287,6 +304,9 @@ class Reader:
         counted = self._counted(target, batch)
         for key, reduction in target.reductions.items():
             self._add(found, key, layer, reduction(record.tensors["factor"].detach(), gradients["factor"]) / counted)
+        for key, reduction in target.groups.items():
+            row = reduction(record.tensors["groups"].detach(), gradients["groups"], self.groups[layer].channels)
+            self._add(found, key, layer, row / counted)
         if target.statistics:
             rows = {}
             weights = self._weights(layer)

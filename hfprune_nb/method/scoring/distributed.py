@@ -56,7 +56,8 @@ def score(
     group.launch(__name__, folder, processes)
     told = json.loads((folder / "merged.json").read_text(encoding="utf-8"))
     snapshots = scores.load_snapshots(folder / "merged.snapshots.safetensors")
-    return scores.Scores(by_layer(load_tensors(folder / "merged.scores.safetensors")), snapshots=snapshots, **told)
+    importance, groups = (by_layer(load_tensors(folder / f"merged.{name}.safetensors")) for name in ("scores", "groups"))
+    return scores.Scores(importance, snapshots=snapshots, groups=groups, **told)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,6 +81,7 @@ def _score_shard(folder, rank):
     scores = engine.score(model, windows, request["criteria"], **{"progress": rank == 0} | request["settings"])
     if rank == 0:
         scores.save(folder / "merged.scores.safetensors")
+        scores.save_groups(folder / "merged.groups.safetensors")
         scores.save_snapshots(folder / "merged.snapshots.safetensors")
         told = {name: getattr(scores, name) for name in ("mean_value", "tokens", "seconds", "batch_size", "notes")}
         (folder / "merged.json").write_text(json.dumps(told), encoding="utf-8")

@@ -26,11 +26,20 @@ from hfprune_nb import criteria as registry
 from hfprune_nb import processes
 from hfprune_nb.errors import UserError
 from hfprune_nb.method.scoring import accumulator
-from hfprune_nb.method.scoring.backward import Reader
+from hfprune_nb.method.scoring.backward import ATTENTION, Reader
 from hfprune_nb.method.scoring.scores import Scores
 from hfprune_nb.method.scoring.search import search
 from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
-from hfprune_nb.models import check_context, check_neurons, check_recomputation, check_tokens, gated_mlps, head
+from hfprune_nb.models import (
+    check_context,
+    check_groups,
+    check_neurons,
+    check_recomputation,
+    check_tokens,
+    gated_mlps,
+    head,
+    units,
+)
 from hfprune_nb.models.cpu_attention import fast_on_cpu
 from hfprune_nb.progress import bar
 
@@ -56,6 +65,7 @@ def score(
     seed: int = 0,
     compile: bool = False,
     activation_checkpointing: bool = False,
+    attention_groups: bool = False,
     checkpoint: Path | None = None,
     checkpoint_every: int = 256,
     progress: bool = True,
@@ -82,17 +92,19 @@ def score(
         a minute to compile there and ran no faster.
     activation_checkpointing : keep each layer's input only, and compute each layer a second time, with its graph, when the
         gradients of all criteria go back through it: one more forward, and the memory of one layer. For long windows.
+    attention_groups : score the key-value groups of the attention as well, by what they give to `o_proj` and the same gradients,
+        the products of a group's channels being summed before anything else; by activations as Wanda-sp, summed over channels.
     checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every` windows
         and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
         files of any other run are ignored.
 
     Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
-    memory, or scores that are NaN or all equal.
+    memory, scores that are NaN or all equal, and, with `attention_groups`, criteria that score none.
     """
     chosen, windows = {variant.name: variant.create() for variant in registry.variants(criteria)}, np.asarray(windows)
     _check(chosen, batch_size, chunk_size, checkpoint_every)
     check_neurons(model)
-    mlps = gated_mlps(model)
+    mlps, groups = gated_mlps(model), _groups(model, chosen) if attention_groups else []
     reading = {name: criterion for name, criterion in chosen.items() if criterion.reads_text}
     if reading:
         if np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2:
@@ -105,7 +117,13 @@ def score(
     scoring_pass = _Pass(
         model,
         windows,
-        {"chunk_size": chunk_size, "checkpointing": activation_checkpointing, "compiled": compile, "seed": seed},
+        {
+            "chunk_size": chunk_size,
+            "checkpointing": activation_checkpointing,
+            "compiled": compile,
+            "seed": seed,
+            "groups": attention_groups,
+        },
         batch_size=batch_size,
         checkpoint=checkpoint,
         checkpoint_every=checkpoint_every,
@@ -148,7 +166,22 @@ def score(
     importance = {name: check_importance(importance[name], f"criterion '{name}'") for name in chosen}
     mean_value = {name: value for name, value in mean_value.items() if name in chosen}
     seconds = time.perf_counter() - started + scoring_pass.seconds_before
-    return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots, notes)
+    of_groups = {
+        name: _closed_groups(name, criterion, scoring_pass.attention, groups, np.size(windows))
+        for name, criterion in chosen.items()
+        if groups
+    }
+    return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots, notes, of_groups)
+
+
+def _groups(model, chosen):
+    """Return the model's attention groups; raise UserError where a criterion scores none, and what `check_groups` raises."""
+    if others := [name for name, criterion in chosen.items() if not criterion.of_groups]:
+        raise UserError(
+            f"attention_groups: criterion '{others[0]}' scores no attention groups: leave it out, or switch attention_groups off."
+        )
+    check_groups(model)
+    return units.attention_groups(model)
 
 
 def _check(chosen, batch_size, chunk_size, checkpoint_every):
@@ -190,6 +223,7 @@ class _Pass:
         self.numbers = np.arange(self.rank, len(windows), self.world_size)
         self.gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         self.seconds_before = 0.0
+        self.attention = {}
 
     @functools.cached_property
     def head(self):
@@ -225,6 +259,7 @@ class _Pass:
                 saved = sums.done
         self.batch_size = sums.batch_size
         merged, values = sums.merged()
+        self.attention |= {key: merged.pop(key) for key in list(merged) if f"/{ATTENTION}" in key}
         return merged, {name: value / len(self.windows) for name, value in values.items()}
 
     def _add_batch(self, reader, sums):
@@ -343,6 +378,19 @@ def _closed(name, criterion, found, index, n, windows, mlps):
         else:
             rows.append(criterion.importance(own, mlp.input_weights, mlp.down.weight, count).cpu())
     return rows
+
+
+def _closed_groups(name, criterion, found, groups, tokens):
+    """Return one criterion's importance, (groups,) of each layer, from the sums of all windows."""
+    prefix, rows = f"{name}/{ATTENTION}", []
+    sums = {key.removeprefix(prefix): [row[-1] for row in layers] for key, layers in found.items() if key.startswith(prefix)}
+    if criterion.kind == "logits":
+        return check_importance(sums["importance"], f"criterion '{name}', attention groups")
+    for unit in groups:
+        weight = unit.output.weight
+        own = {statistic: layers[unit.layer].to(weight.device) for statistic, layers in sums.items()}
+        rows.append(criterion.importance(own, [], weight, tokens).view(unit.width, -1).sum(1).cpu())
+    return check_importance(rows, f"criterion '{name}', attention groups")
 
 
 def _from_weights(mlps, criterion, seed):

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from hfprune_nb.criteria import ActivationCriterion
+from hfprune_nb.models import gated_mlps
 from hfprune_nb.models.hooks import replaced
 
 
 @contextlib.contextmanager
-def collected(model, criteria: dict[str, ActivationCriterion]) -> Iterator[dict[str, list[torch.Tensor]]]:
+def collected(model, criteria: dict[str, ActivationCriterion], units=gated_mlps) -> Iterator[dict[str, list[torch.Tensor]]]:
     """Within the context, a forward pass over windows (batch, seq) fills what is yielded, in which no graph remains.
 
-    `criterion/statistic` -> one tensor (batch, ...) for each layer, from h in float32 or wider.
+    `criterion/statistic` -> one tensor (batch, ...) for each layer, from h in float32 or wider, or from what `units`, as those of
+    `hooks.replaced`, say.
     """
     found: dict[str, list[torch.Tensor]] = {}
     with_output = {name: criterion for name, criterion in criteria.items() if criterion.needs_output}
@@ -39,7 +41,7 @@ def collected(model, criteria: dict[str, ActivationCriterion]) -> Iterator[dict[
 
     with contextlib.ExitStack() as stack:
         if criteria:
-            stack.enter_context(replaced(model, collect))
+            stack.enter_context(replaced(model, collect, units))
         if with_output:
             for index, layer in enumerate(model.get_decoder().layers):
                 stack.callback(layer.register_forward_hook(functools.partial(leave, index)).remove)

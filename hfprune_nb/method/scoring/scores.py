@@ -24,6 +24,7 @@ class Scores:
         that read text, and of those that keep no snapshots the total alone. Self-distillation's student is at every n the one of
         the full first stage.
     notes : criterion -> what else is to be known of how its scores were found, by name.
+    groups : criterion -> for each layer (groups,), the importance of attention's key-value groups where they were scored.
     """
 
     importance: dict[str, list[torch.Tensor]]
@@ -33,10 +34,15 @@ class Scores:
     batch_size: int = 0
     snapshots: dict[int, dict[str, list[torch.Tensor]]] = dataclasses.field(default_factory=dict)
     notes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    groups: dict[str, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Write importance as safetensors with keys `criterion/layer`; raise UserError when the disk is full."""
         save_tensors(_by_key(self.importance), file)
+
+    def save_groups(self, file: Path) -> None:
+        """Write the importance of attention groups as `save` does that of neurons."""
+        save_tensors(_by_key(self.groups), file)
 
     def save_snapshots(self, file: Path) -> None:
         """Write the snapshots as safetensors with keys `criterion/n/layer`; raise UserError when the disk is full."""
@@ -48,16 +54,21 @@ def _by_key(layers: dict[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {f"{name}/{layer}": row for name, rows in layers.items() for layer, row in enumerate(rows)}
 
 
-def load_importance(file: Path, criterion: str, model=None) -> list[torch.Tensor]:
-    """Read one criterion's importance, (neurons,) of each layer; raise UserError when criterion or model do not fit it."""
+def load_importance(file: Path, criterion: str, model=None, units=gated_mlps) -> list[torch.Tensor]:
+    """Read one criterion's importance, (neurons,) of each layer; raise UserError when criterion or model do not fit it.
+
+    units : `attention_groups` for a file with the importance of those.
+    """
     found = by_layer(load_tensors(file))
     if criterion not in found:
         raise UserError(f"criterion '{criterion}' is not in {file}, which holds {', '.join(sorted(found))}: score it first.")
     if model is not None:
-        held, expected = [len(row) for row in found[criterion]], [mlp.width for mlp in gated_mlps(model)]
+        held, own = [len(row) for row in found[criterion]], units(model)
+        expected = [unit.width for unit in own]
         if held != expected:
+            held, expected = _shape(held), _shape(expected)
             raise UserError(
-                f"scores: {file} was made for another model: it holds {_shape(held)}, the model has {_shape(expected)}."
+                f"scores: {file} was made for another model: it holds {held}, the model has {expected} {own[0].noun}s."
             )
     return found[criterion]
 
@@ -73,4 +84,4 @@ def load_snapshots(file: Path) -> dict[int, dict[str, list[torch.Tensor]]]:
 
 def _shape(widths):
     low, high = min(widths), max(widths)
-    return f"{len(widths)} layers of {low if low == high else f'{low} to {high}'} neurons"
+    return f"{len(widths)} layers of {low if low == high else f'{low} to {high}'}"
