@@ -191,6 +191,8 @@ def overlap_map_figure(overlaps: pd.DataFrame, model: str, legend: Legend) -> Fi
         )  # fmt: skip
         ax.set(xlabel="", ylabel="", title=f"{model}: which criteria keep the same neurons\n(diagonal: two calibration seeds)")
         ax.tick_params(length=0)
+        ax.tick_params(axis="y", rotation=0)
+        plt.setp(ax.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     return closed(fig)
 
 
