@@ -195,15 +195,16 @@ def test_protocol_is_written_for_machines(results, tmp_path):
     assert len(facts["models"]) == len(results.models) and facts["notes"] == results.notes
 
 
-def test_the_card_of_an_artifact_tells_versions_machine_and_commit(tmp_path):
+def test_the_note_tells_versions_and_leaves_machine_and_commit_to_the_card(tmp_path):
     folder = synthetic.evaluation(tmp_path / "dense")
-    card = {"versions": {"torch": "2.13.0"}, "platform": "Linux-6.1-x86_64", "cpu_count": 2, "threads": 1}
-    card |= {"git": {"commit": "0123456789abcdef", "dirty": True}}
-    for facts, hardware in (({}, "2 processors (Linux)"), ({"hardware": "Abacus 1, 2 cores"}, "Abacus 1, 2 cores")):
-        (folder / "card.json").write_text(json.dumps(card | {"facts": facts}))
-        note = protocol.protocol_note(collect([folder]))
-        for fact in ("torch 2.13.0", f"hardware {hardware}, of which 1 used", "commit 0123456789ab with changes"):
-            assert fact in note
+    card = {"versions": {"torch": "2.13.0"}, "platform": "Linux-6.1-x86_64", "cpu_count": 2, "threads": 1, "facts": {}}
+    notes = []
+    for commit, machine in (("0123456789abcdef", "Abacus 1"), ("fedcba9876543210", "Abacus 2")):
+        facts = {"facts": {"hardware": machine}, "git": {"commit": commit, "dirty": True}}
+        (folder / "card.json").write_text(json.dumps(card | facts))
+        notes.append(protocol.protocol_note(collect([folder])))
+    assert "torch 2.13.0" in notes[0] and "cards.json" in notes[0]
+    assert notes[0] == notes[1], "the same results on another machine make the same tables"
 
 
 def test_tuned_models_and_skipped_tasks_are_told_and_not_mixed_in(tmp_path):
@@ -229,7 +230,7 @@ def test_written_files_are_complete_and_reproducible(criterion, paired, tmp_path
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     read = pd.read_csv(tmp_path / "one" / "criterion.csv")
-    assert read["mean"].to_numpy() == pytest.approx(criterion.long["mean"].to_numpy(), nan_ok=True)
+    assert read["mean"].to_numpy() == pytest.approx(criterion.long["mean"].to_numpy(), rel=5.1e-5, nan_ok=True)
     assert "Protocol." in (tmp_path / "one" / "ablation.md").read_text()
     assert "<table" in (tmp_path / "one" / "criterion.html").read_text()
 

@@ -40,11 +40,19 @@ Exit status: 0 the job is finished, 1 it failed, 2 bad input.
 _RATES_EXAMPLES = """examples:
   hfprune study rates results/offline/cards.json results/offline-qwen/cards.json
 """
+_COMPARE_EXAMPLES = """examples:
+  hfprune study compare offline                        with the tables of the last commit
+  hfprune study compare offline --against 3af74d9      with those of another one
+  hfprune study compare offline --against ~/kit/results/offline
+
+Exit status: 0 every number agrees, up to rounding or inside the other's interval, 1 one does not, 2 bad input.
+"""
 _CLEAN_EXAMPLES = """examples:
   hfprune study clean offline            shows what would go and asks
   hfprune study clean offline --yes      artifacts go, exported tables and figures stay
   hfprune study clean local              what notebooks made one by one
 """
+_SHOWN = 20
 
 
 def add_study(groups) -> None:
@@ -57,9 +65,13 @@ def add_study(groups) -> None:
     verify = command(study, "verify", "hash every artifact and compute the corrupt ones again", _VERIFY_EXAMPLES, _verify)
     job = command(study, "job", "compute one job, as a workflow engine does", _JOB_EXAMPLES, _job)
     rates = command(study, "rates", "fit the rates behind `plan` to studies that ran", _RATES_EXAMPLES, _rates)
+    compared = command(study, "compare", "hold every number of a rerun against another run's", _COMPARE_EXAMPLES, _compare)
+    compared.add_argument(
+        "--against", default="HEAD", metavar="RUN", help="a study's results folder, or a commit (default: HEAD)"
+    )
     rates.add_argument("cards", nargs="+", metavar="CARDS", help="exported cards.json of a study, its run.log beside it")
     graph = command(study, "graph", "print the jobs and what they wait for as JSON", run=_graph)
-    for each in (plan, run, status, verify, clean, job, graph):
+    for each in (plan, run, status, verify, clean, compared, job, graph):
         each.add_argument("study", metavar="STUDY", help="study file, or the name of one in notebooks/studies")
         each.add_argument("--results", metavar="DIR", help="results folder of all studies (default: results)")
     job.add_argument("job", metavar="JOB", help="stage/key")
@@ -232,6 +244,30 @@ def _graph(options) -> int:
     loaded = _pinned(options)
     say(json.dumps(forecast.graph(loaded), indent=1))
     return 0
+
+
+def _compare(options) -> int:
+    import tempfile
+
+    from hfprune_nb.report import compare
+    from hfprune_nb.runs import provenance
+
+    loaded = _load(options)
+    tables, other = loaded.folder / "tables", Path(options.against).expanduser()
+    if not tables.is_dir():
+        raise UserError(f"study {loaded.name} has no tables yet: run it first")
+    with tempfile.TemporaryDirectory() as scratch:
+        if not other.is_dir():
+            other = provenance.committed(options.against, f"results/{loaded.name}/tables", Path(scratch))
+        compared = compare.compare(tables, other / "tables")
+    say(compare.summary(compared).to_string(index=False))
+    wrong = compared[compared["state"].isin([compare.OUTSIDE, compare.LOST, compare.NEW])]
+    for row in wrong.head(_SHOWN).to_dict("records"):
+        say(f"{row['state']:<8} {row['table']}: {row['row']}, {row['column']} {row['ours']:.5g}, there {row['theirs']:.5g}")
+    if len(wrong) > _SHOWN:
+        say(f"... and {len(wrong) - _SHOWN} more")
+    say(f"study {loaded.name}: {len(compared) - len(wrong):,} of {len(compared):,} numbers agree")
+    return 0 if compare.reproduced(compared) else 1
 
 
 def _clean(options) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hfprune_nb.report.results import Results, experiment, made_with, percent
+from hfprune_nb.report.results import Results, experiment, percent, versions
 from hfprune_nb.report.style import DENSE
 
 SETTINGS = (
@@ -20,9 +20,9 @@ SETTINGS = (
     ("model revision", "model_revision"),
     ("torch", "torch"),
     ("transformers", "transformers"),
-    ("hardware", "hardware"),
-    ("commit", "commit"),
 )
+# What differs between two machines that find the same is told once, beside the tables.
+MADE = "Machine, commit and time of every run: cards.json."
 
 
 def protocol_note(results: Results) -> str:
@@ -49,7 +49,7 @@ def protocol_note(results: Results) -> str:
         ]
         if told:
             sentences.append(f"{name} on {', '.join(told)}.")
-    return "Protocol. " + " ".join(s for s in [*sentences, *results.notes] if s)
+    return "Protocol. " + " ".join(s for s in [*sentences, *results.notes, MADE] if s)
 
 
 def protocol(results: Results) -> dict:
@@ -128,14 +128,14 @@ def experiment_notes(experiment_folders: Iterable[Path]) -> list[str]:
     for folder in experiment_folders:
         facts = experiment(folder)
         text, truth = facts["calibration"], facts["truth"]
-        made = {name: value for name, value in ({"device": facts["device"]} | made_with(folder)).items() if value}
+        made = {name: value for name, value in ({"device": facts["device"]} | versions(folder)).items() if value}
         width = " to ".join(str(width) for width in sorted({min(facts["widths"]), max(facts["widths"])}))
         notes.append(
             f"Protocol. Model {facts['model']} ({len(facts['widths'])} layers of {width} neurons). Scored on "
             f"{text['n_windows']} windows of {text['seq_len']} tokens of each text ({'; '.join(facts['corpora'])}) in "
             f"{text['dtype']}, seed {facts['seed']}, BOS {'yes' if text['bos'] else 'no'}; damage measured on "
             f"{truth['n_windows']} held-out windows of {truth['seq_len']} tokens of {truth['corpus']} in {truth['dtype']}; own "
-            f"text: {facts['own_text'] or 'none'}. {', '.join(f'{name} {value}' for name, value in made.items())}."
+            f"text: {facts['own_text'] or 'none'}. {', '.join(f'{name} {value}' for name, value in made.items())}. {MADE}"
         )
         notes += facts["notes"]
     return list(dict.fromkeys(notes))

@@ -146,21 +146,17 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     if not tuned and compensation == "none" and (left := len(read) - len(plain)):
         notes.append(f"{left} evaluations of tuned or compensated models are not shown here.")
     tasks = _task_facts(summaries, frames["items"])
-    protocols = [made_with(folder) | summary["protocol"] for folder, summary in zip(folders, summaries, strict=True)]
+    protocols = [versions(folder) | summary["protocol"] for folder, summary in zip(folders, summaries, strict=True)]
     return Results(models=models, tasks=tasks, protocols=protocols, notes=notes, legend=names, **frames)
 
 
-def made_with(folder: Path) -> dict:
-    """Return versions, hardware and commit of an artifact from its card; empty for a folder without one."""
+def versions(folder: Path) -> dict:
+    """Return the versions of torch and transformers that made an artifact, from its card; empty for a folder without one."""
     path = Path(folder) / "card.json"
     if not path.is_file():
         return {}
     card = json.loads(path.read_text(encoding="utf-8"))
-    found = {name: card["versions"].get(name) for name in ("torch", "transformers")}
-    machine = card["facts"].get("hardware") or f"{card['cpu_count']} processors ({card['platform'].partition('-')[0]})"
-    found["hardware"] = f"{machine}, of which {card['threads']} used"
-    commit = card["git"]["commit"]
-    return found | {"commit": commit and commit[:12] + (" with changes" if card["git"]["dirty"] else "")}
+    return {name: card["versions"].get(name) for name in ("torch", "transformers")}
 
 
 def treatment(summary: dict) -> tuple[bool, str]:

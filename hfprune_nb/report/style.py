@@ -51,6 +51,8 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 DOTS_PER_INCH = 180
+# Significant digits of written numbers: float32 sums in another order, as on another processor, move the sixth.
+DIGITS = 5
 AXIS_LABELS = {
     "task": "accuracy, % (higher is better)",
     "average": "average of tasks, % (higher is better)",
@@ -254,5 +256,5 @@ def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None)
         fig.savefig(written[1], bbox_inches="tight", metadata={"Date": None})
     if data is not None:
         written.append(folder / f"{name}.csv")
-        data.to_csv(written[-1], index=False)
+        data.to_csv(written[-1], index=False, float_format=f"%.{DIGITS}g")
     return written

@@ -9,7 +9,7 @@ import pandas as pd
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.results import LIMITS, MEASURES, UNITS
-from hfprune_nb.report.style import Legend
+from hfprune_nb.report.style import DIGITS, Legend
 
 ABSENT = "–"
 ONE_SEED = "one seed: no verdict"
@@ -69,7 +69,9 @@ class Table:
             f'<body style="font-family: sans-serif; margin: 2em">{self._repr_html_()}</body></html>\n'
         )
         written = [folder / f"{self.name}.{ending}" for ending in ("csv", "md", "html")]
-        for path, text in zip(written, (self.long.to_csv(index=False), self.markdown(), page), strict=True):
+        for path, text in zip(
+            written, (self.long.to_csv(index=False, float_format=f"%.{DIGITS}g"), self.markdown(), page), strict=True
+        ):
             path.write_text(text, encoding="utf-8")
         return written
 

@@ -2,12 +2,16 @@
 
 import contextlib
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 from hfprune_nb import paths
+from hfprune_nb.errors import UserError
 
 
 def peak_memory() -> int | None:
@@ -37,6 +41,21 @@ def surroundings() -> dict:
         "threads": torch.get_num_threads() if torch else None,
         "git": _git(),
     }
+
+
+def committed(commit: str, path: str, folder: Path) -> Path:
+    """Write what the kit's repository holds at `path` in a commit into `folder`; return the folder that holds it there.
+
+    Raises UserError where there is no such commit, or it holds nothing there.
+    """
+    command = ["git", "-C", str(paths.project()), "archive", commit, path]
+    answer = subprocess.run(command, capture_output=True)
+    if answer.returncode:
+        reason = answer.stderr.decode(errors="replace").strip().splitlines()[-1]
+        raise UserError(f"--against {commit!r} is no folder, and git has nothing of {path} in such a commit ({reason})")
+    with tarfile.open(fileobj=io.BytesIO(answer.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return (folder / path).parent
 
 
 def _git() -> dict:
