@@ -267,7 +267,7 @@ def test_saap_fuses_two_importances_and_divides_by_their_fluctuation(tiny, token
 @pytest.mark.parametrize("settings", [{}, {"baseline": "others"}, {"budget": "layer"}], ids=str)
 def test_a_policy_gradient_finds_the_order_of_a_loss_that_is_linear_in_the_mask(settings):
     cost = [torch.linspace(-1, 1, 12).double(), torch.linspace(1, -1, 8).double()]
-    criterion = PolicyGradient(keep=0.5, epochs=120, masks=4, rate=0.1, initial="flat", batch=4, **settings)
+    criterion = PolicyGradient(keep=0.5, epochs=250, masks=4, rate=0.05, initial="flat", batch=4, **settings)
     asked = []
 
     def loss(numbers, masks):
