@@ -137,7 +137,7 @@ def test_a_ragged_model_is_scored_and_pruned_again(ragged):
         assert widths(narrow) == plan.width_after and models.count_parameters(narrow) == plan.parameters
 
 
-@pytest.mark.parametrize("kind", ["least_squares", "least_squares_bias"])
+@pytest.mark.parametrize("kind", ["least_squares", "least_squares_bias", "flap_bias"])
 def test_a_ragged_model_is_repaired_and_rebuilt(kind, tmp_path):
     dense = models.load(models.TINY, "float32", "cpu")[0]
     windows = np.random.default_rng(0).integers(2, 300, (4, 16))

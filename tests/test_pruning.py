@@ -231,6 +231,23 @@ def test_compensation_is_the_closed_form_optimum(architecture, bias, tiny, token
         assert errors.loc[mlp.layer, "repaired"] == pytest.approx(left, rel=1e-4, abs=1e-6)
 
 
+def test_flaps_bias_is_the_mean_of_what_the_removed_neurons_gave(tiny, token_windows):
+    model = tiny("llama", "float64")
+    kept = some_kept(model)
+    repaired, errors = compensation.compensate("flap_bias", model, token_windows, kept, progress=False)
+    for mlp, hidden, indices in zip(
+        models.gated_mlps(model), activations(model, token_windows), map(torch.Tensor.numpy, kept), strict=True
+    ):
+        weight, gone = mlp.down.weight.numpy(), np.setdiff1d(np.arange(mlp.width), indices)
+        lost = hidden[:, gone] @ weight[:, gone].T
+        np.testing.assert_allclose(repaired[f"layers.{mlp.layer}.bias"].numpy(), lost.mean(0), rtol=1e-9, atol=1e-12)
+        np.testing.assert_array_equal(repaired[f"layers.{mlp.layer}.weight"].numpy(), weight[:, indices])
+        left = np.linalg.norm(lost - lost.mean(0)) / np.linalg.norm(hidden @ weight.T)
+        assert errors.loc[mlp.layer, "repaired"] == pytest.approx(left, rel=1e-9)
+    with pytest.raises(UserError, match="no MLP biases in its configuration"):
+        compensation.compensate("flap_bias", tiny("qwen2"), token_windows, kept, progress=False)
+
+
 @given(st.floats(1e-8, 1e6), st.integers(1, 39), st.booleans(), st.integers(0, 9))
 def test_compensation_never_rebuilds_its_own_text_worse_than_slicing(ridge, width, bias, seed):
     model = biased_model()

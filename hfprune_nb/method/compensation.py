@@ -7,6 +7,8 @@ at most that of plain slicing (D = 0). All h are those of the dense model, so ev
 forward pass does, and no layer answers for the errors of the layers before it.
 """
 
+import math
+
 import numpy as np
 import pandas as pd
 import torch
@@ -17,11 +19,13 @@ from hfprune_nb.models import final_hidden, gated_mlps, kept_indices
 from hfprune_nb.models.hooks import replaced
 from hfprune_nb.progress import bar
 
-KINDS = ("none", "least_squares", "least_squares_bias")
+KINDS = ("none", "least_squares", "least_squares_bias", "flap_bias")
 
 
 def compensate(kind: str, model, windows: np.ndarray, kept, ridge: float = 0.1, progress: bool = True):
     """Return what `least_squares` does for the `kind` of compensation, nothing and an empty table for `none`.
+
+    `flap_bias` fits b alone: the mean of what the removed neurons gave, as FLAP (arXiv 2312.11983).
 
     Raises UserError for an unknown kind.
     """
@@ -29,7 +33,8 @@ def compensate(kind: str, model, windows: np.ndarray, kept, ridge: float = 0.1, 
         raise UserError(f"compensation '{kind}' is unknown: choose one of {', '.join(KINDS)}.")
     if kind == "none":
         return {}, pd.DataFrame(columns=["layer", "tokens", "slicing", "repaired"], dtype=float)
-    return least_squares(model, windows, kept, kind == "least_squares_bias", ridge, progress=progress)
+    ridge = math.inf if kind == "flap_bias" else ridge
+    return least_squares(model, windows, kept, kind != "least_squares", ridge, progress=progress)
 
 
 def least_squares(
@@ -44,7 +49,8 @@ def least_squares(
     """Solve the repair of every layer of the dense `model` in float64 normal equations.
 
     windows : (windows, seq) token ids of calibration text; kept : ascending indices for each layer; bias : also fit b, which only
-    architectures with MLP biases can save. Memory: layers * intermediate_size^2 * 8 bytes beside the model.
+    architectures with MLP biases can save; ridge : infinite leaves D at 0. Memory: layers * intermediate_size^2 * 8 bytes beside
+    the model.
 
     Returns the weights for `pruning.repair` in the model's dtype, and one row per layer: tokens, and the error of the layer's
     output on this text relative to its dense output, `sqrt(sum ||W h - W' h_k - b'||^2 / sum ||W h||^2)`, by plain `slicing`
@@ -69,8 +75,11 @@ def least_squares(
         # Fitting b is the same as fitting the deviations from the mean.
         fitted = product - torch.outer(total, total) / windows.size if bias else product
         inner, cross = fitted[indices][:, indices], fitted[gone][:, indices]
-        penalised = inner + ridge * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
-        change = torch.linalg.solve(penalised, (weight[:, gone] @ cross).t()).t()
+        if math.isinf(ridge):
+            change = torch.zeros_like(weight[:, indices])
+        else:
+            penalised = inner + ridge * inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+            change = torch.linalg.solve(penalised, (weight[:, gone] @ cross).t()).t()
         shift = (weight[:, gone] @ total[gone] - change @ total[indices]) / windows.size
         weights[f"layers.{mlp.layer}.weight"] = (weight[:, indices] + change).to(mlp.down.weight).contiguous()
         if bias:

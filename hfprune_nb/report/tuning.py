@@ -31,7 +31,12 @@ MEASURED = ("task", "average", "average_without_crows", "perplexity")
 SHOWN = ("average", "average_without_crows", "perplexity")
 STATES = {False: "untuned", True: "tuned"}
 GAIN, BEYOND = "tuned - untuned", "gain beyond the dense model's"
-COMPENSATIONS = {"none": "", "least_squares": "least squares", "least_squares_bias": "least squares with bias"}
+COMPENSATIONS = {
+    "none": "",
+    "least_squares": "least squares",
+    "least_squares_bias": "least squares with bias",
+    "flap_bias": "FLAP's bias",
+}
 PAPER_MODELS = {
     "meta-llama/Llama-2-7b-hf": "LLaMA-2-7B",
     "meta-llama/Llama-3.2-3B": "LLaMA3.2-3.2B",

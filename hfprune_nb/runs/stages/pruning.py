@@ -19,7 +19,7 @@ class Pruning(Stage):
         "compensations": "compensation",
     }
     grid = ("model", "seed")
-    choices = {"compensation": ("none", "least_squares", "least_squares_bias")}
+    choices = {"compensation": ("none", "least_squares", "least_squares_bias", "flap_bias")}
     version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
