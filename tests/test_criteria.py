@@ -11,6 +11,7 @@ from hfprune_nb import criteria
 from hfprune_nb.criteria import Criterion
 from hfprune_nb.errors import UserError
 from hfprune_nb.families import BASES
+from hfprune_nb.report.style import Legend
 
 LOGIT_CRITERIA = [
     ("one_hot_ce", {}),
@@ -132,6 +133,12 @@ def test_every_criterion_states_its_facts(name):
     assert all(setting.meaning and setting.check(name, key, setting.default) == setting.default
                for key, setting in criterion.settings.items())  # fmt: skip
     assert not (criterion.between_layers and criterion.kind in ("weights", "activations"))
+
+
+def test_notes_say_which_formulas_are_not_their_authors_own():
+    told = Legend().settings(["entropy", "llm_bip", "gblm", "wanda"])
+    assert len(told) == 2 and told[0].startswith("GBLM-Pruner: a form for whole neurons of a published formula")
+    assert told[1].startswith("LLM-BIP, our reading: our reading of a source whose formula is not public (LLM-BIP (arXiv")
 
 
 def test_a_class_adds_its_settings_to_those_of_its_parent():
