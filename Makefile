@@ -1,9 +1,12 @@
 # setup: .venv from the lock   study: the offline study   test: all tests   lab: JupyterLab   lint: style checks
+# gpu: the tests for a GPU, then what scoring and generation cost there; torch, transformers, lm-eval[hf] and pytest are enough
 PYTHON ?= python3
 STUDY ?= offline
 BIN := .venv/bin
+SHAPES ?= llama-3.2-1b llama-2-7b qwen2.5-7b
+ANY_PYTHON = PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON))
 
-.PHONY: setup study test lab lint format
+.PHONY: setup study test gpu lab lint format
 
 setup: .venv/installed
 
@@ -19,6 +22,13 @@ study: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+gpu:
+	$(ANY_PYTHON) -m pytest -m cuda
+	for shape in $(SHAPES); do \
+	  $(ANY_PYTHON) -m hfprune_nb.cli cost --shape $$shape --device cuda --windows 16 --seq-len 1024 --new-tokens 256 \
+	    --multiples 64 --float64-windows 0 --out cuda_cost_$$shape.json || exit; \
+	done
 
 lab: setup
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -24,6 +24,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def collective_device() -> str:
+    """Return the device on which the process group exchanges tensors: NCCL knows CUDA only, any other group the CPU as well."""
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+
 def check(processes: int, most: int, unit: str, device: str) -> None:
     """Raise UserError unless so many processes can share `most` units of work on `device`, on CUDA with a GPU for each."""
     if not 1 <= processes <= most:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share: tiny random models of every supported architecture, and the registry tier."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of datasets or transformers: no test asks the hub
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -11,6 +12,22 @@ import pytest
 REGISTRY_ASSETS = ("smollm2-135m", "c4-calibration", "c4-held-out", "wikitext-2", "benchmarks", "crows-pairs", "truthfulqa")
 # Several minutes each, and a file's tests stay on one worker: what starts last must not be the longest.
 LONGEST_FILES = ("test_studies.py", "test_smoke_study.py", "test_faults.py", "test_extending.py")
+
+
+GPU = Path(__file__).parent / "gpu"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("cuda", "the tests of the marker cuda")
+    group.addoption("--device", default="cuda", help="cuda, cuda:N or cpu (default: cuda)")
+    group.addoption("--cuda-report", default="cuda_report.json", metavar="FILE", help="what they find (cuda_report.json)")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # Where they run, what the other tests import need not be installed.
+    if config.option.markexpr == "cuda" and not (collection_path.is_relative_to(GPU) or GPU.is_relative_to(collection_path)):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items):

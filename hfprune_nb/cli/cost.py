@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from hfprune_nb.cli.parsing import command, positive, say
+from hfprune_nb.errors import UserError
 
 _COST_EXAMPLES = """Needs torch and transformers only. Text is random tokens: cost does not depend on them. What is compared
 alternates in one process; figures are medians. Memory is the peak beyond the weights.
@@ -59,6 +61,20 @@ def add_cost(groups) -> None:
 
 
 def _cost(options) -> int:
+    import torch
+
+    try:
+        found = _measured(options)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"device: {options.shape or options.model} does not fit in the GPU's memory: use a larger GPU, a smaller model, or "
+            "fewer --ratios and --multiples."
+        ) from error
+    _show_cost(found)
+    return 0
+
+
+def _measured(options) -> dict:
     from hfprune_nb import models
     from hfprune_nb.cost import shapes, timing
 
@@ -68,15 +84,18 @@ def _cost(options) -> int:
     else:
         model, _ = models.load(options.model, options.dtype, device)
     found = {"model": options.shape or options.model, "machine": timing.machine(device)}
+    found["settings"] = {name: value for name, value in vars(options).items() if name != "command"}
     found |= _scoring_cost(options, model, device, dtype)
+    _write(found, options.out)  # should generation fail, this is kept
     if options.generation:
         found |= _generation_cost(options, model)
-    _show_cost(found)
-    if options.out:
-        settings = {name: value for name, value in vars(options).items() if name != "command"}
-        with open(options.out, "w", encoding="utf-8") as file:
-            json.dump(found | {"settings": settings}, file, indent=1)
-    return 0
+        _write(found, options.out)
+    return found
+
+
+def _write(found: dict, out: str | None) -> None:
+    if out:
+        Path(out).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def _scoring_cost(options, model, device: str, dtype) -> dict:

@@ -40,7 +40,7 @@ def random_model(shape: str, dtype: torch.dtype = torch.bfloat16, device: str = 
 
     kind, sizes, others = SHAPES[shape]
     config = AutoConfig.for_model(kind, **dict(zip(_FIELDS, sizes, strict=True)), **others, max_position_embeddings=4096)
-    with torch.random.fork_rng(), torch.device(device):
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)

@@ -5,6 +5,7 @@ Needs torch, transformers and numpy only, and knows nothing of pruning: it times
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import platform
@@ -21,6 +22,8 @@ from hfprune_nb.cost.flops import backward_flops, forward_flops
 from hfprune_nb.cost.memory import peak_in_fork, peak_memory, resets_high_water
 from hfprune_nb.errors import UserError
 from hfprune_nb.progress import bar
+
+logger = logging.getLogger(__name__)
 
 PEAK_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}
 
@@ -52,7 +55,8 @@ def alternate(
 
     Returns rows with contestant, repetition, seconds and peak_bytes: the most memory in use during the run beyond what was in use
     before it, so beyond the weights. On CUDA that is what torch's allocator held; on the CPU, resident memory. Where the system
-    does not let its high-water mark be reset, a forked process with one thread repeats each contestant once for it.
+    does not let its high-water mark be reset, a forked process with one thread repeats each contestant once for it. A contestant
+    that does not fit in the GPU's memory has no rows and is named in the log. Raises UserError where none fits.
     """
     if repetitions < 1:
         raise UserError(f"repetitions {repetitions} is too small: it must be at least 1.")
@@ -65,8 +69,12 @@ def alternate(
             progress_bar.set_postfix_str(name)
             if not in_process:
                 peaks[name] = peak_in_fork(run)
-            run()
+            if not _fits(run):
+                names.remove(name)
+                logger.warning("%s does not fit in memory and is left out", name)
             progress_bar.update()
+        if not names:
+            raise UserError(f"device: nothing that is to be timed fits in the memory of {device}: use a larger one.")
         for repetition in range(repetitions):
             first = repetition % len(names)
             for name in names[first:] + names[:first]:
@@ -77,6 +85,16 @@ def alternate(
                 rows.append({"contestant": name, "repetition": repetition, "seconds": seconds, "peak_bytes": peak})
                 progress_bar.update()
     return rows
+
+
+def _fits(run):
+    try:
+        run()
+        return True
+    except torch.OutOfMemoryError:
+        pass
+    torch.cuda.empty_cache()  # only here is what the traceback held free again
+    return False
 
 
 def timed(run: Callable[[], object], device: str = "cpu") -> float:
@@ -145,7 +163,7 @@ def matmul_peak(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, repeti
 
 
 def summarise(rows: list[dict], contestants: Iterable, model, windows: np.ndarray, peak: float) -> list[dict]:
-    """Return one row per contestant: seconds (median and interval), tokens/s, peak memory and fraction of the matmul peak.
+    """Return one row per contestant that ran: seconds (median, interval), tokens/s, peak memory, fraction of the matmul peak.
 
     contestants : objects with name, criterion, implementation, forwards and backwards (passes over all `windows`, an array
     (windows, seq)); peak : FLOP/s.
@@ -155,6 +173,8 @@ def summarise(rows: list[dict], contestants: Iterable, model, windows: np.ndarra
     tokens, seq_len = windows.size, windows.shape[1]
     for contestant in contestants:
         own = [row for row in rows if row["contestant"] == contestant.name]
+        if not own:
+            continue
         seconds = median_interval(row["seconds"] for row in own)
         flops = contestant.forwards * forward_flops(config, tokens, seq_len)
         flops += contestant.backwards * backward_flops(config, tokens, seq_len)

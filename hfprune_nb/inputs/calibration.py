@@ -6,7 +6,6 @@ Everything random comes from `seed`: the same arguments give the same bytes.
 
 import difflib
 import gzip
-import hashlib
 import itertools
 import json
 import re
@@ -25,6 +24,7 @@ from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import claim
 from hfprune_nb.inputs import assets, benchmarks, chat, hub, hub_data, tokenization
+from hfprune_nb.inputs.tokenization import TOKENIZER_BATCH, document_hash
 from hfprune_nb.progress import bar as progress_bar
 
 SPLITS = ("calibration", "evaluation")
@@ -33,7 +33,6 @@ TEXT_CORPORA = ("c4", "c4-sample", "wikitext", TASK_PROMPTS)
 LOCAL_SUFFIXES = (".txt", *text_files.RECORD_SUFFIXES)
 # Where a corpus has no held-out split of its own, one document in this many is kept for evaluation, chosen by its hash.
 EVALUATION_SHARE = 10
-TOKENIZER_BATCH = 64
 # Of a longer document so many characters are tokenised, drawn by the seed: a window wants a few thousand of them, and a picture
 # that is spelt out in a page has millions.
 LONGEST_TEXT = 400_000
@@ -84,11 +83,6 @@ class Windows:
         except Exception as error:
             raise UserError(f"the windows in {folder} are missing or damaged: delete that folder and rerun") from error
         return cls(ids, *(table[column].tolist() for column in ("document_hash", "start", "document_length")), passed_over)
-
-
-def document_hash(text: str) -> str:
-    """Return the first 16 hex digits of the SHA-256 of `text` with every run of white space made one space."""
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def documents(

@@ -18,8 +18,8 @@ import torch
 
 from hfprune_nb import text_files
 from hfprune_nb.errors import UserError
-from hfprune_nb.inputs import assets, chat, hub, hub_data, tokenization
-from hfprune_nb.inputs.calibration import TOKENIZER_BATCH, document_hash
+from hfprune_nb.inputs import chat, hub, hub_data, tokenization
+from hfprune_nb.inputs.tokenization import TOKENIZER_BATCH, document_hash
 
 # The Alpaca template for an instruction without input.
 TEMPLATE = (
@@ -187,6 +187,9 @@ def _record(place: str, raw: dict) -> Record | None:
 
 def _source(data: str, seed: int) -> Iterable[tuple[str, dict]]:
     if data == OFFLINE:
+        # Training alone does without the libraries that fetch assets.
+        from hfprune_nb.inputs import assets
+
         file = assets.path(OFFLINE)
     else:
         file = None if data in HUB else text_files.find(data, "data", text_files.RECORD_SUFFIXES)

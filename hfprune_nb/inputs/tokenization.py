@@ -1,10 +1,12 @@
 """Text -> token ids, in one way for windows, tasks, sample prompts and tuning: BOS as asked, and text that stays text."""
 
+import hashlib
 import itertools
 
 from hfprune_nb.errors import UserError
 
 AUTO = "auto"
+TOKENIZER_BATCH = 64  # texts
 
 
 def prefix(tokenizer, bos: bool | str = AUTO) -> list[int]:
@@ -34,3 +36,8 @@ def encode(tokenizer, texts: list[str], control_tokens: bool = False, **settings
     return tokenizer(
         texts, add_special_tokens=False, truncation=False, verbose=False, split_special_tokens=not control_tokens, **settings
     )
+
+
+def document_hash(text: str) -> str:
+    """Return the first 16 hex digits of the SHA-256 of `text` with every run of white space made one space."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]

@@ -131,9 +131,10 @@ class SharedPrefixLM(HFLM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensors (one number each) of all processes, on the CPU."""
-        gathered = [torch.zeros_like(tensor, device="cpu") for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, tensor.cpu())
-        return torch.stack(gathered)
+        own = tensor.to(processes.collective_device())
+        gathered = [torch.zeros_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(gathered, own)
+        return torch.stack(gathered).cpu()
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -115,7 +115,7 @@ def recover(
     settings |= {"temperature": temperature, "measurements": measurements, "seed": seed, "dtype": str(dtype)}
     claim(Path(scratch), settings | {"model": weights_digest(model), "data": _rows_digest(rows + held_out_rows)})
     # A process-wide generator draws dropout and adapters: the caller's state comes back afterwards.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         set_seed(seed)
         adapted = _add_adapters(model, chosen)
         teachers = (teacher, head(teacher)) if distillation else None

@@ -139,7 +139,7 @@ def _gradients(model, mlps, model_head: Head, window: np.ndarray) -> Iterator[tu
     ids = torch.as_tensor(np.asarray(window), dtype=torch.long, device=model.device)[None]
     with torch.enable_grad(), _watched(mlps) as watched:
         log_p = torch.log_softmax(model_head.logits(final_hidden(model, ids)[0]), -1)
-        ce = torch.nn.functional.nll_loss(log_p[:-1], ids[0, 1:])
+        ce = torch.nn.functional.nll_loss(log_p[:-1], ids[0, 1:].to(log_p.device))
         entropy = -(log_p.exp() * log_p).sum(-1).mean()
     for name, value in (("ce", ce), ("entropy", entropy)):
         gradients = torch.autograd.grad(value, watched, retain_graph=name == "ce")
@@ -225,7 +225,7 @@ def _masked(mask, _, positional):
 def _changes(dense: _Dense, hidden: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
     """Return the mean changes of one ablation, from final hidden states (windows, seq, hidden)."""
     sums = torch.zeros(3, dtype=torch.float64)
-    ends = torch.arange(1, ids.numel() + 1, device=ids.device) % ids.shape[1] == 0
+    ends = torch.arange(1, ids.numel() + 1, device=dense.logits.device) % ids.shape[1] == 0
     for (kl, ce, entropy), end in zip(_position_changes(dense, hidden, ids), ends.split(CHUNK), strict=True):
         sums += torch.stack([kl.sum(), ce[~end].sum(), entropy.sum()]).cpu()
     counts = (ids.numel(), ids.numel() - len(ids), ids.numel())
@@ -234,7 +234,9 @@ def _changes(dense: _Dense, hidden: torch.Tensor, ids: torch.Tensor) -> dict[str
 
 def _position_changes(dense: _Dense, hidden: torch.Tensor, ids: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Yield `changes` of chunks of positions, from final hidden states (windows, seq, hidden)."""
-    next_tokens, states = torch.roll(ids, -1, dims=1).flatten(), hidden.flatten(0, 1).split(CHUNK)
+    # The first and the last layer of a model may lie on different GPUs.
+    next_tokens = torch.roll(ids, -1, dims=1).flatten().to(dense.logits.device)
+    states = hidden.flatten(0, 1).split(CHUNK)
     parts = zip(states, dense.logits.split(CHUNK), dense.log_p.split(CHUNK), next_tokens.split(CHUNK), strict=True)
     for state, logits, log_p, next_token in parts:
         yield changes(dense.head.logits(state), logits, log_p, next_token)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hfprune_nb.files import by_layer, full_disk_in_one_sentence
-from hfprune_nb.processes import rank_and_world_size
+from hfprune_nb.processes import collective_device, rank_and_world_size
 
 
 def snapshot_counts(windows: int) -> list[int]:
@@ -58,14 +58,15 @@ class Accumulator:
     def merged(self) -> tuple[dict[str, list[torch.Tensor]], dict[str, float]]:
         """Return by name the sums at each snapshot, or of each subset, for each layer, and the values, of all processes.
 
-        In a process group this is the one all-reduce of the pass, on the CPU and in float64.
+        In a process group this is the one all-reduce of the pass, in float64. All that is returned lies on the CPU.
         """
         sums = {name: [total.cpu() for total in self.sums[name]] for name in sorted(self.sums)}
         values = torch.tensor([self.values[name] for name in sorted(self.values)], dtype=torch.float64)
         if rank_and_world_size()[1] > 1:
             parts = [*(total for rows in sums.values() for total in rows), values]
-            flat = torch.cat([part.flatten() for part in parts])
+            flat = torch.cat([part.flatten() for part in parts]).to(collective_device())
             torch.distributed.all_reduce(flat)
+            flat = flat.cpu()
             for part, found in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
                 part.copy_(found.view_as(part))
         return (

@@ -194,7 +194,9 @@ class Reader:
             # It reads tables with pandas, which scoring alone does without.
             from hfprune_nb.method.scoring.ablation import Ablator
         for name, criterion in self.measured.items():
-            found[f"{name}/importance"] = criterion.statistics(Ablator(self.model, batch), [mlp.width for mlp in self.mlps])
+            rows = criterion.statistics(Ablator(self.model, batch), [mlp.width for mlp in self.mlps])
+            devices = [mlp.down.weight.device for mlp in self.mlps]
+            found[f"{name}/importance"] = [row.to(device) for row, device in zip(rows, devices, strict=True)]
         values = {}
         for target, total in zip(self.targets, sums, strict=True):
             for name in target.values:

@@ -268,9 +268,7 @@ class _Pass:
         while found is None:
             size = self._next_size(sums)
             numbers = self.numbers[sums.done : sums.done + size]
-            before = {gpu: torch.cuda.memory_allocated(gpu) for gpu in self.gpus}
-            for gpu in self.gpus:
-                torch.cuda.reset_peak_memory_stats(gpu)
+            before = {} if sums.batch_size else self._allocated()
             # What a batch adds is added only when all of it is known: nothing is lost or counted twice.
             taught = self.teacher.take(numbers, self.forgets_teacher) if reader.student is not None else None
             found = _unless_out_of_memory(reader, np.array(self.windows[numbers]), numbers, taught)
@@ -292,6 +290,12 @@ class _Pass:
             sums.batch_size = self._fitting_size(before) if before else size
             logger.info("scoring takes %d windows of %d tokens in a batch", sums.batch_size, self.windows.shape[1])
         return len(numbers)
+
+    def _allocated(self):
+        """Return the bytes allocated on each GPU, from which on its peak is counted; elsewhere a caller's own count goes on."""
+        for gpu in self.gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        return {gpu: torch.cuda.memory_allocated(gpu) for gpu in self.gpus}
 
     def _next_size(self, sums):
         """Return the windows to try next: where the batch is found by its first window, that one is alone in every pass.
