@@ -88,7 +88,7 @@ def test_it_writes_what_it_found(tmp_path):
 
 
 def test_without_a_gpu_it_says_so_and_runs_nothing(tmp_path):
-    answer = tier("--cuda-report", tmp_path / "found.json")
+    answer = tier("tests/gpu/test_processes.py", "--cuda-report", tmp_path / "found.json")
     assert answer.returncode == pytest.ExitCode.USAGE_ERROR and not list(tmp_path.iterdir())
     (sentence,) = [line for line in answer.stderr.splitlines() if line.strip()]
     assert "GPU" in sentence and "--device cpu" in sentence

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy import stats
 
 from hfprune_nb.models import final_hidden
 from hfprune_nb.models.hooks import replaced
@@ -15,6 +14,8 @@ def search(model, head, windows, criterion, start, seed: int, chunk_size: int, p
     head : of `model`, as `models.head` gives it; windows : (windows, seq) token ids; start : the importance to begin with, by
     layer; chunk_size : positions whose logits exist at once; progress_bar : counts the tokens read.
     """
+    from scipy import stats  # scoring without a search does without it
+
     forwards = 0
 
     def loss(numbers, masks):
