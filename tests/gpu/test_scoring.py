@@ -1,5 +1,8 @@
 """The scoring engine on the device, against itself in float64 on the CPU."""
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from gpu.conftest import SIZES
 from hfprune_nb import criteria, models
 from hfprune_nb.cost.memory import peak_memory
 from hfprune_nb.cost.precision import rank_correlation
+from hfprune_nb.errors import UserError
 from hfprune_nb.method import scoring
 from hfprune_nb.method.scoring.backward import Reader
 
@@ -17,13 +21,16 @@ THREE = ["one_hot_ce", "self_distillation", "entropy"]
 
 
 def specs():
-    """Every criterion as it is, and with each other choice that one of its settings offers."""
+    """Every criterion, with as many of the combinations that its settings allow as show each choice once."""
     for name in criteria.names():
-        yield pytest.param(name, id=name)
-        for setting, allowed in criteria.create(name).settings.items():
-            for value in allowed.choices or ():
-                if value != allowed.default:
-                    yield pytest.param({name: {setting: value}}, id=f"{name}-{setting}-{value}")
+        choices, seen = {key: each.choices for key, each in criteria.create(name).settings.items() if each.choices}, set()
+        for values in itertools.product(*choices.values()):
+            chosen = dict(zip(choices, values, strict=True))
+            with contextlib.suppress(UserError):  # combinations that mean nothing
+                criteria.create(name, **chosen)
+                if not seen or not seen.issuperset(chosen.items()):
+                    seen |= chosen.items()
+                    yield pytest.param({name: chosen}, id="-".join(map(str, (name, *values))))
 
 
 def importance(model, windows, chosen, **settings):
