@@ -74,12 +74,12 @@ def test_it_is_collected_with_the_four_packages_and_nothing_else():
 
 def test_it_writes_what_it_found(tmp_path):
     file = tmp_path / "found.json"
-    chosen = "summed_in_float32 or spread or ten_steps and full"
-    answer = tier("--device", "cpu", "--cuda-report", file, "-k", chosen)
+    chosen = [f"tests/gpu/test_{name}.py" for name in ("scoring", "processes")]
+    answer = tier(*chosen, "--device", "cpu", "--cuda-report", file, "-k", "summed_in_float32 or spread")
     assert answer.returncode == 0, answer.stdout + answer.stderr
     found = json.loads(file.read_text(encoding="utf-8"))
     outcomes = {test["test"].rpartition("::")[2].partition("[")[0]: test for test in found["tests"]}
-    assert len(found["tests"]) == 5 and len(outcomes) == 3
+    assert len(found["tests"]) == 4 and len(outcomes) == 2
     assert 0 < outcomes["test_logits_are_summed_in_float32"]["measured"]["error"] < 1e-5
     skipped = outcomes["test_a_model_spread_over_devices_scores_as_on_one"]
     assert skipped["outcome"] == "skipped" and "two CUDA devices" in skipped["reason"]
