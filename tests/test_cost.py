@@ -36,6 +36,16 @@ def test_no_repetition_is_refused():
         timing.alternate({}, 0)
 
 
+def test_a_contestant_that_does_not_fit_is_left_out_and_told(caplog):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    rows = timing.alternate({"large": too_large, "small": lambda: None}, 2, progress=False)
+    assert [row["contestant"] for row in rows] == ["small"] * 2 and "large does not fit" in caplog.text
+    with pytest.raises(UserError, match="use a larger one"):
+        timing.alternate({"large": too_large}, progress=False)
+
+
 @pytest.mark.parametrize("in_fork", [False, True])
 def test_peak_memory_is_what_a_run_needs_beyond_what_was_there(monkeypatch, tmp_path, in_fork):
     if in_fork:  # as on a system that does not let the mark be reset
