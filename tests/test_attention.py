@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hfprune_nb import models
 from hfprune_nb.errors import UserError
-from hfprune_nb.method import pruning, scoring
+from hfprune_nb.method import pruning, scoring, selection
 from hfprune_nb.models.hooks import replaced, silenced
 
 GROUPED = ("llama", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "phi3")
@@ -173,3 +173,90 @@ def test_criteria_that_score_no_groups_are_refused(grouped, token_windows):
     for criterion in ("magnitude", "llm_pruner", {"entropy": {"aggregation": "weight"}, "as": "weight"}):
         with pytest.raises(UserError, match="scores no attention groups"):
             scoring.score(grouped(), token_windows, [criterion], attention_groups=True, progress=False)
+
+
+def some_importance(model, seed=0):
+    """Random importance of neurons and groups, by layer."""
+    random, kinds = torch.Generator().manual_seed(seed), (models.gated_mlps(model), models.attention_groups(model))
+    return [[torch.rand(unit.width, generator=random, dtype=torch.float64) for unit in units] for units in kinds]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("split", ["none", "proportional", "measured"])
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
+def test_every_split_removes_the_same_number_of_parameters(split, ratio, architecture, grouped):
+    model = grouped(architecture, 6)
+    importance, of_groups = some_importance(model)
+    groups = selection.kept_groups(split, model, ratio, importance, of_groups, "kl_fisher")
+    plan = selection.allocate(model, ratio, groups=groups)
+    assert abs(plan.missed_neurons) <= 0.5 * len(plan.width_after)
+    narrow = pruning.narrow(copy.deepcopy(model), selection.kept_neurons(importance, plan.width_after), groups)
+    assert models.count_parameters(narrow) == plan.parameters
+    removed = 0 if groups is None else 6 - len(groups[0])
+    assert models.attention_groups(narrow)[0].width == 6 - removed
+    if split == "proportional":
+        per_group = models.attention_groups(model)[0].parameters_per_group
+        gone = [1 - after / before for before, after in zip(plan.width_before, plan.width_after, strict=True)]
+        assert abs(removed / 6 - gone[0]) <= 0.5 / 6 + 0.5 / 40 + 0.5 / 6 * per_group * 6 / (40 * plan.parameters_per_neuron)
+    if groups:
+        lowest = [set(range(6)) - set(kept.tolist()) for kept in groups]
+        assert lowest == [set(row.argsort()[:removed].tolist()) for row in of_groups]
+
+
+@pytest.mark.parametrize("scale", [1e-9, 5.0, 20.0, 1e9])
+def test_a_measured_split_is_one_ranking_by_importance_per_parameter(scale, grouped):
+    model = grouped("llama", 6)
+    importance, of_groups = some_importance(model)
+    of_groups = [scale * row for row in of_groups]
+    sizes = models.gated_mlps(model)[0].parameters_per_neuron, models.attention_groups(model)[0].parameters_per_group
+    pool = [
+        (float(score) / size, size)
+        for rows, size in zip((importance, of_groups), sizes, strict=True)
+        for row in rows
+        for score in row
+    ]
+    left, groups = 0.25 * models.count_parameters(model), 0
+    for _, size in sorted(pool):
+        left -= size
+        if left < 0:
+            break
+        groups += size == sizes[1]
+    kept = selection.kept_groups("measured", model, 0.25, importance, of_groups, "entropy")
+    assert [len(row) for row in kept] == [max(1, 6 - int(groups / 3 + 0.5))] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"split": "some"}, "choose one of none, proportional, measured"),
+        ({"ratio": 0.0}, "give ratio in place of neuron_ratio"),
+        ({"split": "measured", "criterion": "wanda"}, "scores of criterion 'wanda' are not comparable"),
+        ({"of_groups": [torch.ones(3)] * 3}, "attention groups: all scores of layer 0 are equal"),
+    ],
+)
+def test_splits_that_mean_nothing_get_one_sentence(settings, words, grouped):
+    model = grouped()
+    importance, of_groups = some_importance(model)
+    given = {"split": "proportional", "ratio": 0.2, "importance": importance, "of_groups": of_groups, "criterion": "entropy"}
+    with pytest.raises(UserError, match=words) as caught:
+        selection.kept_groups(model=model, **given | settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_fewer_groups_is_rebuilt_from_its_folder(grouped, tmp_path):
+    dense, neurons, groups = grouped("qwen2"), [[0, 7, 39]] * 3, [[0, 2], [1, 2], [0, 1]]
+    pruning.save_kept(neurons, tmp_path / "kept.safetensors")
+    pruning.save_kept(groups, tmp_path / "groups.safetensors")
+    expected = logits(pruning.narrow(copy.deepcopy(dense), neurons, groups))
+    assert torch.equal(logits(pruning.rebuild(dense, tmp_path)), expected)
+
+
+def test_scores_without_groups_are_told(grouped, token_windows, tmp_path):
+    model = grouped()
+    found = scoring.score(model, token_windows, ["entropy"], attention_groups=True, progress=False)
+    with pytest.raises(UserError, match="stage 02 with attention_groups true"):
+        scoring.load_groups(tmp_path / "groups.safetensors", "entropy", model)
+    found.save_groups(tmp_path / "groups.safetensors")
+    assert_equal({"entropy": scoring.load_groups(tmp_path / "groups.safetensors", "entropy", model)}, found.groups, exact=True)
+    with pytest.raises(UserError, match="3 layers of 3, the model has 3 layers of 6 groups"):
+        scoring.load_groups(tmp_path / "groups.safetensors", "entropy", grouped("llama", 6))

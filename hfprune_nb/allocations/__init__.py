@@ -48,6 +48,7 @@ def allocate(
     multiple_of: int = 1,
     allocation: str | dict | Variant = "uniform",
     importance: list | None = None,
+    elsewhere: int = 0,
 ) -> Allocation:
     """Spend a pruning ratio on the layers.
 
@@ -57,6 +58,7 @@ def allocate(
     ratio : fraction of ALL parameters to remove; neuron_ratio : fraction of the neurons to remove. Exactly one is non-zero.
     multiple_of : kept widths are multiples, at least one, for widths that matrix kernels like.
     allocation : the spec of one; importance : a tensor (neurons,) for each layer where it needs one, higher = keep.
+    elsewhere : parameters that are removed with other units, and count as part of the ratio.
 
     Without `multiple_of` the achieved ratio is exact to the neuron, and within half a neuron per layer where all layers shall be
     equally wide. Raises UserError when the ratio is outside (0, 1), cannot be reached with MLP neurons alone, or rounds to
@@ -77,11 +79,11 @@ def allocate(
         raise UserError(f"multiple_of {multiple_of} is outside 1 to {narrowest}, the model's smallest MLP width.")
     if variant.member.needs_importance and importance is None:
         raise UserError(f"allocation '{variant.name}' needs importance: score the model first.")
-    keep = sum(before) - requested * (sum(before) if neuron_ratio else Fraction(dense_parameters, units[0].parameters))
-    budget = Budget(keep, multiple_of, f"{name} {value}", dense_parameters)
+    removed = requested * sum(before) if neuron_ratio else (requested * dense_parameters - elsewhere) / units[0].parameters
+    budget = Budget(sum(before) - removed, multiple_of, f"{name} {value}", dense_parameters)
     after = variant.create().plan(units, importance, budget)
-    if sum(after) >= sum(before):
+    if sum(after) >= sum(before) and not elsewhere:
         raise UserError(f"{name} {value} with multiple_of {multiple_of} removes no neuron: raise {name} or lower multiple_of.")
     return Allocation(
-        variant.name, variant.spec, requested, bool(neuron_ratio), before, after, units[0].parameters, dense_parameters
+        variant.name, variant.spec, requested, bool(neuron_ratio), before, after, units[0].parameters, dense_parameters, elsewhere
     )

@@ -104,7 +104,7 @@ class Allocation:
     """A number of kept neurons for every layer, and what it means for the whole model.
 
     `name` and `spec` are those of the rule that shared the loss out, `requested` is the ratio that was asked for (of all
-    parameters, or of the neurons when `of_neurons`).
+    parameters, or of the neurons when `of_neurons`). elsewhere : parameters that are removed with other units than neurons.
     """
 
     name: str
@@ -115,6 +115,12 @@ class Allocation:
     width_after: list[int]
     parameters_per_neuron: int
     dense_parameters: int
+    elsewhere: int = 0
+
+    @property
+    def removed_parameters(self) -> int:
+        """Parameters removed, with neurons and elsewhere."""
+        return self.removed_neurons * self.parameters_per_neuron + self.elsewhere
 
     @property
     def removed_neurons(self) -> int:
@@ -124,18 +130,19 @@ class Allocation:
     @property
     def missed_neurons(self) -> float:
         """Neurons removed beyond the request, with a uniform width at most half a neuron per layer."""
-        size = sum(self.width_before) if self.of_neurons else Fraction(self.dense_parameters, self.parameters_per_neuron)
-        return float(self.removed_neurons - self.requested * size)
+        if self.of_neurons:
+            return float(self.removed_neurons - self.requested * sum(self.width_before))
+        return float((self.removed_parameters - self.requested * self.dense_parameters) / self.parameters_per_neuron)
 
     @property
     def parameters(self) -> int:
         """Parameters left, tied embeddings counted once."""
-        return self.dense_parameters - self.removed_neurons * self.parameters_per_neuron
+        return self.dense_parameters - self.removed_parameters
 
     @property
     def achieved_ratio(self) -> float:
         """Fraction of all parameters removed."""
-        return self.removed_neurons * self.parameters_per_neuron / self.dense_parameters
+        return self.removed_parameters / self.dense_parameters
 
     @property
     def neuron_ratio(self) -> float:

@@ -1,11 +1,15 @@
-"""Which neurons stay: from importance and an allocation to the indices that each layer keeps."""
+"""Which neurons and attention groups stay: from importance and a budget to the indices that each layer keeps."""
+
+from fractions import Fraction
 
 import torch
 
 from hfprune_nb import allocations, criteria
 from hfprune_nb.allocations import Allocation, Units
 from hfprune_nb.errors import UserError
-from hfprune_nb.models import count_parameters, gated_mlps
+from hfprune_nb.models import attention_groups, count_parameters, gated_mlps
+
+SPLITS = ("none", "proportional", "measured")
 
 
 def allocate(
@@ -16,11 +20,13 @@ def allocate(
     allocation: str | dict = "uniform",
     importance=None,
     criterion: str | dict | None = None,
+    groups: list | None = None,
 ) -> Allocation:
     """Return the `Allocation` for `model`; arguments and errors as in `allocations.allocate`.
 
     importance : (neurons,) for each layer, checked as `kept_neurons` does. criterion : the spec of the one that it comes from;
-    raises UserError when the allocation compares layers and its scores cannot be compared.
+    raises UserError when the allocation compares layers and its scores cannot be compared. groups : the attention groups that
+    each layer keeps, as `kept_groups` gives them: the neurons then make up the rest of the ratio.
     """
     (variant,) = allocations.variants(allocation)
     if criterion is not None:
@@ -28,7 +34,59 @@ def allocate(
     if importance is not None:
         importance = check_importance(importance)
     units = [Units(mlp.width, mlp.parameters_per_neuron) for mlp in gated_mlps(model)]
-    return allocations.allocate(units, count_parameters(model), ratio, neuron_ratio, multiple_of, variant, importance)
+    gone = zip(attention_groups(model), groups, strict=True) if groups is not None else ()
+    elsewhere = sum((unit.width - len(kept)) * unit.parameters_per_group for unit, kept in gone)
+    return allocations.allocate(units, count_parameters(model), ratio, neuron_ratio, multiple_of, variant, importance, elsewhere)
+
+
+def kept_groups(
+    split: str,
+    model,
+    ratio: float,
+    importance: list | None = None,
+    of_groups: list | None = None,
+    criterion: str | dict | None = None,
+) -> list[torch.Tensor] | None:
+    """Return for each layer the indices of the attention groups that stay, equally many in all layers; None for all of them.
+
+    split : how much of the `ratio` of all parameters the attention gives. `none`: nothing. `proportional`: the fraction that the
+    MLPs give. `measured`: what the attention has in one ranking of all neurons and groups of all layers by importance per
+    parameter. As layers lose whole groups, each the same number, this is rounded; the first group of a layer to go is its least
+    important, and one always stays. importance : (neurons,) for each layer; of_groups : (groups,) for each layer, by the same
+    criterion. Raises UserError for an unknown split, a ratio of neurons, and scores that cannot be compared between layers.
+    """
+    if split not in SPLITS:
+        raise UserError(f"attention_groups '{split}' is unknown: choose one of {', '.join(SPLITS)}.")
+    if split == "none":
+        return None
+    if not ratio:
+        raise UserError(f"attention_groups '{split}' shares out a ratio of all parameters: give ratio in place of neuron_ratio.")
+    units, mlps = attention_groups(model), gated_mlps(model)
+    of_groups, importance = check_importance(of_groups, "attention groups"), check_importance(importance)
+    layers, size, budget = len(units), units[0].parameters_per_group, Fraction(str(ratio)) * count_parameters(model)
+    if split == "proportional":
+        neurons = sum(mlp.width * mlp.parameters_per_neuron for mlp in mlps)
+        share = budget / (neurons + layers * units[0].width * size) * units[0].width
+    else:
+        (variant,) = criteria.variants(criterion)
+        if not variant.criterion.between_layers:
+            raise UserError(
+                f"attention_groups 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are "
+                "not comparable between layers: choose proportional, or a criterion in units of the model's output."
+            )
+        share = Fraction(_lowest_groups(mlps, importance, of_groups, size, budget), layers)
+    removed = min(int(share + Fraction(1, 2)), units[0].width - 1, int(budget / (layers * size)))
+    return kept_neurons(of_groups, [unit.width - removed for unit in units])
+
+
+def _lowest_groups(mlps, importance, of_groups, size, budget) -> int:
+    """Return how many groups are among the units of lowest importance per parameter that together hold `budget` parameters."""
+    sizes = torch.cat([torch.full(row.shape, mlp.parameters_per_neuron) for mlp, row in zip(mlps, importance, strict=True)])
+    groups, neurons = torch.cat(of_groups).double(), torch.cat(importance).double()
+    sizes = torch.cat([sizes, torch.full(groups.shape, size)])
+    order = torch.argsort(torch.cat([neurons, groups]) / sizes, stable=True)
+    within = sizes[order].cumsum(0) <= int(budget)
+    return int((order[within] >= len(neurons)).sum())
 
 
 def kept_neurons(importance, width_after: list[int]) -> list[torch.Tensor]:

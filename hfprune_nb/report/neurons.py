@@ -16,7 +16,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from hfprune_nb.report import intervals
-from hfprune_nb.report.results import kept, percent, percents, scores, specs
+from hfprune_nb.report.results import kept, percent, percents, scores, specs, split_of
 from hfprune_nb.report.style import STYLE, UNIFORM, Legend, closed, handles_of, message, pair_look, series
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
@@ -204,6 +204,8 @@ def kept_pairs(pruning_folders: Iterable[Path], legend: Legend) -> pd.DataFrame:
     """
     prunings: dict[tuple, list] = {}
     for facts, sets in map(kept, pruning_folders):
+        if split_of(facts) != "none":  # such models keep other numbers of neurons
+            continue
         # Model and ratio must agree; otherwise a pair would compare sets of different sizes.
         ratio = round(float(facts["ratio"] if facts["ratio"] is not None else facts["achieved_ratio"]), 4)
         name, seed = series(facts["criterion"], facts.get("allocation", UNIFORM)), facts["seed"]

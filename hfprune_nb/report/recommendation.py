@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
-from hfprune_nb.report.results import Results, collect, model_row, percent, read_summary, treatment
+from hfprune_nb.report.results import Results, collect, model_row, percent, read_summary, split_of, treatment
 from hfprune_nb.report.style import DENSE, REFERENCE, STYLE, Legend, closed, handles_of, message
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, bounded, format_p
 
@@ -35,9 +35,9 @@ def recommendation_table(evaluation_folders: Iterable[Path]) -> Table:
     scoring and for measuring the allocation, a backward pass as two. `p_holm` : Holm's adjustment over the recipes of one model
     and ratio. Errors as `results.collect`.
     """
-    folders = [Path(folder) for folder in evaluation_folders]
-    summaries = {folder: read_summary(folder) for folder in folders}
-    untuned = [folder for folder in folders if not treatment(summaries[folder])[0]]
+    summaries = {Path(folder): read_summary(folder) for folder in evaluation_folders}
+    summaries = {folder: summary for folder, summary in summaries.items() if split_of(summary) in (DENSE, NONE)}
+    untuned = [folder for folder in summaries if not treatment(summaries[folder])[0]]
     kinds = sorted({treatment(summaries[folder])[1] for folder in untuned} - {NONE})
     read = {kind: collect(untuned, compensation=kind) for kind in (NONE, *kinds)}
     loads = {_place(summary): summary.get("loads_with", PLAIN) for summary in summaries.values()}

@@ -94,18 +94,22 @@ def percents(ratios: Iterable[float]) -> str:
     return ", ".join(percent(ratio) for ratio in ratios)
 
 
-def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensation: str = "none") -> Results:
+def collect(
+    evaluation_folders: Iterable[Path], tuned: bool = False, compensation: str = "none", attention_groups: str = "none"
+) -> Results:
     """Read evaluation artifacts into tidy frames; `Results.notes` says what is missing.
 
     Models that were tuned or compensated after pruning are left to the recovery tables (`tuning`), which ask for them by
-    `tuned` and `compensation`: they would mix the effect of a criterion with that of a recipe. Raises UserError when there
+    `tuned` and `compensation`: they would mix the effect of a criterion with that of a recipe. So are those that lost attention
+    groups as well, which `attention` asks for by their split. Raises UserError when there
     is no folder, an artifact is corrupt or incomplete, or two evaluations describe the same model, criterion, ratio and seed.
     """
     folders = [Path(folder) for folder in evaluation_folders]
     if not folders:
         raise UserError("evaluations is empty: run the evaluation stage (05) of this study first")
     read = [(read_summary(folder), folder) for folder in folders]
-    plain = [(summary, folder) for summary, folder in read if treatment(summary) == (tuned, compensation)]
+    of_split = [(summary, folder) for summary, folder in read if split_of(summary) in (DENSE, attention_groups)]
+    plain = [(summary, folder) for summary, folder in of_split if treatment(summary) == (tuned, compensation)]
     if not plain:
         raise UserError("evaluations holds tuned or compensated models only: add the evaluations (05) of the pruned ones")
     names = Legend(spec for summary, _ in read for spec in specs(summary))
@@ -143,8 +147,10 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     ]
     notes += list(dict.fromkeys(note for summary in summaries for note in summary.get("notes", [])))
     notes += list(dict.fromkeys(sentence for summary in summaries for sentence in summary.get("skipped", {}).values()))
-    if not tuned and compensation == "none" and (left := len(read) - len(plain)):
+    if not tuned and compensation == "none" and (left := len(of_split) - len(plain)):
         notes.append(f"{left} evaluations of tuned or compensated models are not shown here.")
+    if attention_groups == "none" and (left := len(read) - len(of_split)):
+        notes.append(f"{left} evaluations of models that lost attention groups are not shown here.")
     tasks = _task_facts(summaries, frames["items"])
     protocols = [versions(folder) | summary["protocol"] for folder, summary in zip(folders, summaries, strict=True)]
     return Results(models=models, tasks=tasks, protocols=protocols, notes=notes, legend=names, **frames)
@@ -162,6 +168,11 @@ def versions(folder: Path) -> dict:
 def treatment(summary: dict) -> tuple[bool, str]:
     """Return whether the evaluated model was tuned, and how it was compensated for its loss."""
     return bool(summary.get("tuned")), summary.get("compensation", "none")
+
+
+def split_of(facts: dict) -> str:
+    """Return how a pruned model's loss was shared between MLPs and attention, as `selection.SPLITS` has it; `dense` of that."""
+    return DENSE if facts["criterion"] == DENSE else facts.get("attention_groups", "none")
 
 
 def specs(facts: dict) -> list:

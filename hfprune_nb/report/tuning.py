@@ -23,6 +23,7 @@ from hfprune_nb.report.results import (
     percent,
     read_summary,
     sample,
+    split_of,
     treatment,
 )
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, format_cell, format_p, within_limits
@@ -69,13 +70,16 @@ READING = (
 
 
 class Recovered:
-    """A study's evaluations by treatment: (tuned, compensation) -> Results, and what each tuning cost."""
+    """A study's evaluations by treatment: (tuned, compensation) -> Results, and what each tuning cost.
 
-    def __init__(self, evaluation_folders: Iterable[Path]):
+    split : which of the pruned models, by how their loss was shared between MLPs and attention (`selection.SPLITS`).
+    """
+
+    def __init__(self, evaluation_folders: Iterable[Path], split: str = "none"):
         folders = [Path(folder) for folder in evaluation_folders]
-        summaries = [read_summary(folder) for folder in folders]
+        summaries = [summary for summary in map(read_summary, folders) if split_of(summary) in (style.DENSE, split)]
         self.by_treatment: dict[tuple[bool, str], Results] = {
-            found: collect(folders, *found) for found in sorted({treatment(summary) for summary in summaries})
+            found: collect(folders, *found, split) for found in sorted({treatment(summary) for summary in summaries})
         }
         self.spent = [
             {name: summary[name] for name in ("model", "ratio", "seed", "compensation")}

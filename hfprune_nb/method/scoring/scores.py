@@ -7,7 +7,7 @@ import torch
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import by_layer, load_tensors, save_tensors
-from hfprune_nb.models import gated_mlps
+from hfprune_nb.models import attention_groups, gated_mlps
 
 
 @dataclasses.dataclass
@@ -71,6 +71,15 @@ def load_importance(file: Path, criterion: str, model=None, units=gated_mlps) ->
                 f"scores: {file} was made for another model: it holds {held}, the model has {expected} {own[0].noun}s."
             )
     return found[criterion]
+
+
+def load_groups(file: Path, criterion: str, model) -> list[torch.Tensor]:
+    """Read one criterion's importance of attention groups, (groups,) of each layer; errors as `load_importance`."""
+    if not Path(file).is_file():
+        raise UserError(
+            "attention_groups: the scores hold no attention groups: run stage 02 with attention_groups true, or choose none."
+        )
+    return load_importance(file, criterion, model, attention_groups)
 
 
 def load_snapshots(file: Path) -> dict[int, dict[str, list[torch.Tensor]]]:

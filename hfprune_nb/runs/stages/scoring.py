@@ -17,7 +17,9 @@ class Scoring(Stage):
         criteria.variants(values["criteria"])
 
     def common(self, study):
-        return {"criteria": [variant.spec for variant in study.variants]}
+        splits = study.axes["pruning"].get("attention_groups", [study.sections["pruning"].get("attention_groups", "none")])
+        groups = {"attention_groups": True} if set(splits) != {"none"} else {}
+        return {"criteria": [variant.spec for variant in study.variants]} | groups
 
     def sources(self, parameters):
         return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
