@@ -2,7 +2,9 @@
 
 import copy
 
+import pandas as pd
 import pytest
+import synthetic
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -10,6 +12,8 @@ from hfprune_nb import models
 from hfprune_nb.errors import UserError
 from hfprune_nb.method import pruning, scoring, selection
 from hfprune_nb.models.hooks import replaced, silenced
+from hfprune_nb.report import attention, results
+from hfprune_nb.report.table import ABSENT
 
 GROUPED = ("llama", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 ALL = [list(range(40))] * 3
@@ -260,3 +264,36 @@ def test_scores_without_groups_are_told(grouped, token_windows, tmp_path):
     assert_equal({"entropy": scoring.load_groups(tmp_path / "groups.safetensors", "entropy", model)}, found.groups, exact=True)
     with pytest.raises(UserError, match="3 layers of 3, the model has 3 layers of 6 groups"):
         scoring.load_groups(tmp_path / "groups.safetensors", "entropy", grouped("llama", 6))
+
+
+def study_of_splits(folder, seeds=(0, 1, 2)):
+    """Write evaluations of entropy at 20 and 30 %, without a split and by a measured one that does much harm; the folders."""
+    options = {"tasks": {"boolq": "acc"}, "n_items": 20}
+    found = synthetic.study(folder / "none", ("entropy",), (0.2, 0.3), seeds, **options)
+    found += synthetic.study(
+        folder / "measured", ("entropy",), (0.2, 0.3), seeds, dense=False, attention_split="measured", groups_removed=1, **options
+    )
+    for part in found[1 + 2 * len(seeds) :]:
+        fidelity = pd.read_parquet(part / "fidelity.parquet")
+        fidelity.assign(kl=fidelity["kl"] + 1.0).to_parquet(part / "fidelity.parquet")
+    return found
+
+
+def test_table_8_stands_beside_the_measured_splits(tmp_path):
+    folders = study_of_splits(tmp_path)
+    table = attention.attention_table(folders)
+    kl = table.long[(table.long["column"] == "kl:c4") & (table.long["split"] == "measured")]
+    assert kl["change"].between(0.9, 1.1).all() and (kl["p_holm"] < 0.05).all() and len(kl) == 2
+    assert table.long.loc[table.long["split"] == "none", "change"].isna().all()
+    shown = table.display
+    assert list(shown["average of 9, paper: LLaMA-2-7B, %"]) == ["54.8", ABSENT, ABSENT, ABSENT]
+    assert list(shown["groups per layer"]) == ["-0", "-1"] * 2
+    told = attention.sentences(table)
+    assert any(
+        "1 attention group fewer" in sentence and "KL c4" in sentence and sentence.endswith(": worse.") for sentence in told
+    )
+    one_seed = attention.sentences(attention.attention_table(study_of_splits(tmp_path / "one", seeds=(0,))))
+    assert all(sentence.endswith("one seed: no verdict.") for sentence in one_seed)
+    plain = results.collect(folders)
+    assert len(plain.models) == 7 and "6 evaluations of models that lost attention groups are not shown here." in plain.notes
+    assert attention.attention_table(folders[:7]) is None

@@ -56,11 +56,11 @@ def kept_groups(
     criterion. Raises UserError for an unknown split, a ratio of neurons, and scores that cannot be compared between layers.
     """
     if split not in SPLITS:
-        raise UserError(f"attention_groups '{split}' is unknown: choose one of {', '.join(SPLITS)}.")
+        raise UserError(f"attention_split '{split}' is unknown: choose one of {', '.join(SPLITS)}.")
     if split == "none":
         return None
     if not ratio:
-        raise UserError(f"attention_groups '{split}' shares out a ratio of all parameters: give ratio in place of neuron_ratio.")
+        raise UserError(f"attention_split '{split}' shares out a ratio of all parameters: give ratio in place of neuron_ratio.")
     units, mlps = attention_groups(model), gated_mlps(model)
     of_groups, importance = check_importance(of_groups, "attention groups"), check_importance(importance)
     layers, size, budget = len(units), units[0].parameters_per_group, Fraction(str(ratio)) * count_parameters(model)
@@ -71,7 +71,7 @@ def kept_groups(
         (variant,) = criteria.variants(criterion)
         if not variant.criterion.between_layers:
             raise UserError(
-                f"attention_groups 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are "
+                f"attention_split 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are "
                 "not comparable between layers: choose proportional, or a criterion in units of the model's output."
             )
         share = Fraction(_lowest_groups(mlps, importance, of_groups, size, budget), layers)

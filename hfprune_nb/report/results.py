@@ -45,8 +45,8 @@ COLUMNS = {
 class Results:
     """A study's evaluations as tidy frames; all but `tasks` have the columns model, criterion, ratio, seed (dense: -1).
 
-    models: one row per evaluation (achieved_ratio, neuron_ratio, parameters). items, perplexity, fidelity, next_tokens:
-    the evaluation artifact's rows; fidelity holds all positions of a window, fidelity_positions also its low- and
+    models: one row per evaluation (achieved_ratio, neuron_ratio, groups_removed, parameters). items, perplexity, fidelity,
+    next_tokens: the evaluation artifact's rows; fidelity holds all positions of a window, fidelity_positions also its low- and
     high-entropy ones apart (column positions). tasks: one row per model and task (metric, shots, version, evaluated and
     available items, source). legend: order, names and looks of the criteria.
     """
@@ -94,9 +94,7 @@ def percents(ratios: Iterable[float]) -> str:
     return ", ".join(percent(ratio) for ratio in ratios)
 
 
-def collect(
-    evaluation_folders: Iterable[Path], tuned: bool = False, compensation: str = "none", attention_groups: str = "none"
-) -> Results:
+def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensation: str = "none", split: str = "none") -> Results:
     """Read evaluation artifacts into tidy frames; `Results.notes` says what is missing.
 
     Models that were tuned or compensated after pruning are left to the recovery tables (`tuning`), which ask for them by
@@ -108,7 +106,7 @@ def collect(
     if not folders:
         raise UserError("evaluations is empty: run the evaluation stage (05) of this study first")
     read = [(read_summary(folder), folder) for folder in folders]
-    of_split = [(summary, folder) for summary, folder in read if split_of(summary) in (DENSE, attention_groups)]
+    of_split = [(summary, folder) for summary, folder in read if split_of(summary) in (DENSE, split)]
     plain = [(summary, folder) for summary, folder in of_split if treatment(summary) == (tuned, compensation)]
     if not plain:
         raise UserError("evaluations holds tuned or compensated models only: add the evaluations (05) of the pruned ones")
@@ -149,7 +147,7 @@ def collect(
     notes += list(dict.fromkeys(sentence for summary in summaries for sentence in summary.get("skipped", {}).values()))
     if not tuned and compensation == "none" and (left := len(of_split) - len(plain)):
         notes.append(f"{left} evaluations of tuned or compensated models are not shown here.")
-    if attention_groups == "none" and (left := len(read) - len(of_split)):
+    if split == "none" and (left := len(read) - len(of_split)):
         notes.append(f"{left} evaluations of models that lost attention groups are not shown here.")
     tasks = _task_facts(summaries, frames["items"])
     protocols = [versions(folder) | summary["protocol"] for folder, summary in zip(folders, summaries, strict=True)]
@@ -172,7 +170,7 @@ def treatment(summary: dict) -> tuple[bool, str]:
 
 def split_of(facts: dict) -> str:
     """Return how a pruned model's loss was shared between MLPs and attention, as `selection.SPLITS` has it; `dense` of that."""
-    return DENSE if facts["criterion"] == DENSE else facts.get("attention_groups", "none")
+    return DENSE if facts["criterion"] == DENSE else facts.get("attention_split", "none")
 
 
 def specs(facts: dict) -> list:
@@ -209,6 +207,7 @@ def model_row(summary: dict) -> dict:
         "seed": -1 if summary["seed"] is None else int(summary["seed"]),
         "achieved_ratio": summary.get("achieved_ratio"),
         "neuron_ratio": summary.get("neuron_ratio"),
+        "groups_removed": summary.get("groups_removed", 0),
         "parameters": summary.get("parameters"),
     }
 

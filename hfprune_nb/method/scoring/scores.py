@@ -77,7 +77,7 @@ def load_groups(file: Path, criterion: str, model) -> list[torch.Tensor]:
     """Read one criterion's importance of attention groups, (groups,) of each layer; errors as `load_importance`."""
     if not Path(file).is_file():
         raise UserError(
-            "attention_groups: the scores hold no attention groups: run stage 02 with attention_groups true, or choose none."
+            "attention_split: the scores hold no attention groups: run stage 02 with attention_groups true, or choose none."
         )
     return load_importance(file, criterion, model, attention_groups)
 

@@ -17,12 +17,12 @@ class Pruning(Stage):
         "neuron_ratios": "neuron_ratio",
         "allocations": "allocation",
         "compensations": "compensation",
-        "attention_groups": "attention_groups",
+        "attention_splits": "attention_split",
     }
     grid = ("model", "seed")
     choices = {
         "compensation": ("none", "least_squares", "least_squares_bias", "flap_bias"),
-        "attention_groups": ("none", "proportional", "measured"),
+        "attention_split": ("none", "proportional", "measured"),
     }
     version = 2  # dtype is float32 by default, was bfloat16
 
@@ -34,8 +34,8 @@ class Pruning(Stage):
                 raise UserError(f"{name} {value:g} must lie between 0 and 1: write 20 % as 0.2")
         if len(ratios) != 1:
             raise UserError("give either ratio (of all parameters) or neuron_ratio (of the MLP neurons), and 0 for the other")
-        if values["attention_groups"] != "none" and values["neuron_ratio"]:
-            raise UserError("attention_groups shares out a ratio of all parameters: give ratio in place of neuron_ratio")
+        if values.get("attention_split", "none") != "none" and values["neuron_ratio"]:
+            raise UserError("attention_split shares out a ratio of all parameters: give ratio in place of neuron_ratio")
 
     def plan(self, grid):
         seeds = grid.study.axes["calibration"].get("seed", [])

@@ -17,7 +17,7 @@ class Scoring(Stage):
         criteria.variants(values["criteria"])
 
     def common(self, study):
-        splits = study.axes["pruning"].get("attention_groups", [study.sections["pruning"].get("attention_groups", "none")])
+        splits = study.axes["pruning"].get("attention_split", [study.sections["pruning"].get("attention_split", "none")])
         groups = {"attention_groups": True} if set(splits) != {"none"} else {}
         return {"criteria": [variant.spec for variant in study.variants]} | groups
 
