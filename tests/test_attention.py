@@ -287,7 +287,7 @@ def test_table_8_stands_beside_the_measured_splits(tmp_path):
     assert table.long.loc[table.long["split"] == "none", "change"].isna().all()
     shown = table.display
     assert list(shown["average of 9, paper: LLaMA-2-7B, %"]) == ["54.8", ABSENT, ABSENT, ABSENT]
-    assert list(shown["groups per layer"]) == ["-0", "-1"] * 2
+    assert list(shown["groups per layer"]) == ["0", "-1"] * 2
     told = attention.sentences(table)
     assert any(
         "1 attention group fewer" in sentence and "KL c4" in sentence and sentence.endswith(": worse.") for sentence in told
@@ -297,3 +297,12 @@ def test_table_8_stands_beside_the_measured_splits(tmp_path):
     plain = results.collect(folders)
     assert len(plain.models) == 7 and "6 evaluations of models that lost attention groups are not shown here." in plain.notes
     assert attention.attention_table(folders[:7]) is None
+
+
+def test_a_split_that_is_rounded_to_nothing_is_compared_with_nothing(tmp_path):
+    options = {"tasks": {"boolq": "acc"}, "n_items": 20}
+    folders = synthetic.study(tmp_path / "none", ("entropy",), (0.2,), **options)
+    rounded = {"attention_split": "proportional", "groups_removed": 0}
+    folders += synthetic.study(tmp_path / "rounded", ("entropy",), (0.2,), dense=False, **rounded, **options)
+    table = attention.attention_table(folders)
+    assert len(table.display) == 2 and table.long["change"].isna().all() and attention.sentences(table) == []

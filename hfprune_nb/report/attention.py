@@ -18,9 +18,9 @@ SPLITS = {"none": "MLP only", "proportional": "attention + MLP, proportional", "
 READING = (
     "All rows of one ratio remove the same number of parameters, to within half a neuron per layer. A group is a key and a value "
     "head with the query heads that read them; every layer loses the same whole number of them, so a split is rounded: with "
-    "three groups in a layer the attention can give a third or two thirds of itself, and nothing between. 'Proportional' wants "
-    "the same fraction of attention and MLPs, 'measured' what one ranking of all neurons and groups by importance per parameter "
-    "gives."
+    "three groups in a layer the attention can give a third or two thirds of itself, and nothing between; where it is rounded to "
+    "none, the model is that of the MLPs alone. 'Proportional' wants the same fraction of attention and MLPs, 'measured' what "
+    "one ranking of all neurons and groups by importance per parameter gives."
 )
 COMPARED = (
     "'- MLP only' is paired by item and calibration seed, with 95 % intervals: points for tasks, nats per token for "
@@ -59,7 +59,12 @@ def attention_table(evaluation_folders: Iterable[Path]) -> Table | None:
                     if column.measure in MEASURES:
                         frames = [each.sample(tuned, "none", column, *_place(point)) for each in (recovered, by_split["none"])]
                         named = {"column": column.name, "measure": column.measure, "label": column.label}
-                        rows.append(keys | {"split": split, "state": state} | named | _cell(*frames, split, column.measure))
+                        rows.append(
+                            keys
+                            | {"split": split, "state": state}
+                            | named
+                            | _cell(*frames, point["groups_removed"], column.measure)
+                        )
     long = pd.DataFrame(rows)
     long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p))
     order = {name: place for place, name in enumerate((*STATES.values(), *SPLITS))}
@@ -97,7 +102,7 @@ def _ranked(order: dict):
     return lambda values: values.map(order) if values.name in ("state", "split") else values
 
 
-def _cell(own: pd.DataFrame, without: pd.DataFrame, split: str, measure: str) -> dict:
+def _cell(own: pd.DataFrame, without: pd.DataFrame, removed: int, measure: str) -> dict:
     cell = {
         "change": float("nan"),
         "change_low": float("nan"),
@@ -107,7 +112,7 @@ def _cell(own: pd.DataFrame, without: pd.DataFrame, split: str, measure: str) ->
     }
     level = within_limits(intervals.mean_interval(own), measure)
     cell |= {name: getattr(level, name) for name in ("mean", "low", "high", "n_seeds", "n_items", "note")}
-    if split != "none" and len(without):
+    if removed and len(without):
         change = intervals.paired_difference(own, without)
         cell |= {"change": change.mean, "change_low": change.low, "change_high": change.high, "p": change.p}
     return cell
@@ -125,10 +130,10 @@ def _display(long: pd.DataFrame, legend) -> pd.DataFrame:
         first = cells.iloc[0]
         row = {"Model": model} if several else {}
         row |= {"Ratio": percent(ratio), "Criterion": legend.label(criterion), "State": state, "Removed from": SPLITS[split]}
-        row |= {"groups per layer": f"-{first['groups_removed']:.0f}", "MLP neurons": f"-{percent(first['neuron_ratio'])}"}
+        row |= {"groups per layer": str(-int(first["groups_removed"])), "MLP neurons": f"-{percent(first['neuron_ratio'])}"}
         for cell in cells.to_dict("records"):
             row[cell["label"]] = format_cell(cell)
-            row[f"{measure_label(cell['column'], cell['measure'])} - MLP only"] = _change(cell) if split != "none" else ABSENT
+            row[f"{measure_label(cell['column'], cell['measure'])} - MLP only"] = _change(cell)
         rows.append(row | {f"average of 9, paper: {PAPER_MODEL}, %": _paper_value(paper, ratio, state, split)})
     return pd.DataFrame(rows).fillna(ABSENT)
 
