@@ -1,6 +1,7 @@
 """Text and records as users' files hold them: UTF-8, plain or compressed; what is ambiguous is refused with file and line."""
 
 import bz2
+import glob
 import gzip
 import io
 import json
@@ -45,6 +46,13 @@ def find(name: str | Path, what: str, suffixes: tuple[str, ...]) -> Path | None:
     if _HUB_ID.fullmatch(str(name)) and suffix(name) not in suffixes:
         return None
     raise UserError(f"{what} file {name} does not exist: {wanted}")
+
+
+def matching(pattern: str) -> list[Path]:
+    """Return the files that a pattern such as `src/**/*.py` names, looked up in the project; none for an empty one."""
+    root = paths.project()
+    found = glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True) if pattern else []
+    return sorted(file for name in found if (file := root / name).is_file())
 
 
 def read_text(file: str | Path, what: str = "file") -> str:

@@ -1,6 +1,7 @@
 """Keys: what decides a result is part of its address, by content where it is a file, and nothing else is."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from hfprune_nb import criteria
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import artifacts, keys, parameters, stage, study
+from hfprune_nb.inputs import benchmarks, hub
+from hfprune_nb.runs import artifacts, forecast, keys, parameters, pins, provenance, stage, study
 from hfprune_nb.runs.keys import address, code_hash
 from hfprune_nb.runs.stages import STAGES
 
@@ -76,7 +78,7 @@ def test_a_parameter_that_is_added_with_its_default_moves_no_result(project):
 
 def test_another_version_of_a_stage_moves_its_results(project, monkeypatch):
     before = {job.stage: job.key for job in study.load("toy").jobs}
-    monkeypatch.setattr(type(STAGES["pruning"]), "version", 2)
+    monkeypatch.setattr(type(STAGES["pruning"]), "version", 99)
     after = {job.stage: job.key for job in study.load("toy").jobs}
     assert before["scoring"] == after["scoring"] and before["pruning"] != after["pruning"]
     assert before["figures"] != after["figures"]
@@ -133,6 +135,75 @@ def test_a_model_folder_counts_by_its_weights_and_not_by_what_a_trainer_left(pro
     (model / "model.safetensors").write_bytes(b"2" * 2**20)
     monkeypatch.setenv("HFPRUNE_HOME", str(project))
     assert key("scoring", model=str(model)) != before
+
+
+def test_files_that_a_pattern_names_count_by_their_content(project):
+    (project / "own").mkdir()
+    (project / "own" / "a.py").write_text("a = 1  # one")
+    values = parameters.complete("experiments", {}) | {"own_text": "own/*.py"}
+    found = [address("experiments", values), address("experiments", values)]
+    (project / "own" / "a.py").write_text("a = 1  # two")
+    found.append(address("experiments", values))
+    (project / "own" / "b.py").touch()
+    found.append(address("experiments", values))
+    assert found[0] == found[1] and len(set(found)) == 3, "comments are text, too"
+
+
+def test_adapters_count_with_the_model_that_they_were_trained_on(project, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (base / "model.safetensors").write_bytes(b"1")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = key("scoring", model=str(adapter))
+    (base / "model.safetensors").write_bytes(b"2")
+    assert key("scoring", model=str(adapter)) != before
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "owner/base"}))
+    assert STAGES["scoring"].from_hub({"model": str(adapter)}) == [(str(adapter), "model")]
+    assert pins.pinned("scoring", {"model": str(adapter), "revisions": {}}, {"owner/base@main": "0a" * 20})["revisions"] == {
+        "owner/base": "0a" * 20
+    }
+
+
+def test_a_revision_pins_the_weights(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"1")
+    found = provenance.model_revision({"model": str(folder), "revisions": {}})
+    assert re.fullmatch("files sha256 [0-9a-f]{16}", found)
+    (folder / "model.safetensors").write_bytes(b"2")
+    assert provenance.model_revision({"model": str(folder), "revisions": {}}) != found
+    commit = "0a" * 20
+    assert provenance.model_revision({"model": "owner/name", "revisions": {"owner/name": commit}}) == f"commit {commit}"
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("lambada_openai", "EleutherAI/lambada_openai"),
+        ("mmlu_abstract_algebra", "hails/mmlu_no_train"),
+        ("winogrande", "allenai/winogrande"),
+        ("mmlu", ""),
+        ("no_such_task", ""),
+    ],
+)
+def test_every_task_of_the_harness_is_pinned_to_a_commit_of_its_data(task, data):
+    assert hub.task_data(task) == data
+
+
+def test_tasks_with_local_records_are_known_as_such():
+    known = forecast.rates()["tasks"]
+    assert {name for name in benchmarks.BENCHMARKS if hub.task_data(name)} == {name for name in known if known[name].get("local")}
+
+
+def test_tasks_that_have_no_local_records_are_pinned_under_auto():
+    read = dict(
+        STAGES["evaluation"].from_hub(
+            {"model": "tiny", "perplexity_corpora": ["c4"], "tasks": ["arc_easy", "lambada_openai"], "task_source": "auto"}
+        )
+    )
+    assert set(read) == {"tiny", "c4", "EleutherAI/lambada_openai"}
 
 
 def test_an_edited_task_file_or_its_records_are_another_evaluation(project):

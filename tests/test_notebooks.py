@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import papermill
 import pytest
 import yaml
 
@@ -74,12 +75,14 @@ def test_parameters_are_typed_explained_literals(path):
     assert cell is cells(path)[1] or source(cell) == source(cells(path)[1]), "the parameters do not follow the title"
     text = source(cell)
     comments = {token.start[0] for token in tokenize.generate_tokens(StringIO(text).readline) if token.type == tokenize.COMMENT}
-    for line in ast.parse(text).body:
-        assert isinstance(line, ast.AnnAssign), f"not `name: type = literal`: {ast.unparse(line)}"
-        default = ast.literal_eval(line.value)
-        kinds = [kind.strip().split("[")[0] for kind in ast.unparse(line.annotation).split("|")]
-        assert type(default).__name__ in kinds, ast.unparse(line)
-        assert line.end_lineno in comments, f"no comment behind {line.target.id}"
+    known = parameters.notebook_parameters(path)
+    for line in ast.parse(text, type_comments=True).body:
+        assert isinstance(line, ast.AnnAssign) or line.type_comment, f"neither annotated nor type comment: {ast.unparse(line)}"
+        (target,) = line.targets if isinstance(line, ast.Assign) else [line.target]
+        kinds = [kind.strip().split("[")[0] for kind in known[target.id].type.split("|")]
+        assert type(ast.literal_eval(line.value)).__name__ in kinds, ast.unparse(line)
+        assert line.end_lineno in comments, f"no comment behind {target.id}"
+    assert list(papermill.inspect_notebook(path)) == list(known), "papermill warns of what it cannot read"
     assert len(comments) == len(text.splitlines()), "one line each, nothing else"
 
 

@@ -207,6 +207,14 @@ def test_the_note_tells_versions_and_leaves_machine_and_commit_to_the_card(tmp_p
     assert notes[0] == notes[1], "the same results on another machine make the same tables"
 
 
+def test_the_commits_of_models_texts_and_tasks_stand_under_the_tables(tmp_path):
+    folder = synthetic.evaluation(tmp_path / "dense")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["protocol"]["commits"] = {"allenai/c4": "0a" * 20, "baber/piqa": "1b" * 20}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "Commits read: allenai/c4 0a0a0a0a0a0a, baber/piqa 1b1b1b1b1b1b." in protocol.protocol_note(collect([folder]))
+
+
 def test_tuned_models_and_skipped_tasks_are_told_and_not_mixed_in(tmp_path):
     dense = synthetic.evaluation(tmp_path / "dense", skipped={"race": "race has no offline data and was skipped."})
     tuned = synthetic.evaluation(tmp_path / "tuned", tuned=True)

@@ -112,7 +112,7 @@ def test_the_harness_evaluates_a_local_task():
 )
 def test_bad_input_gets_one_sentence(monkeypatch, names, source, message):
     # The real list takes ten seconds to read.
-    monkeypatch.setattr(tasks, "_task_manager", lambda: SimpleNamespace(all_tasks=["arc_easy", "mmlu", "race"]))
+    monkeypatch.setattr(tasks, "_task_manager", lambda: SimpleNamespace(all_tasks=["arc_easy", "mmlu", "race"], task_index={}))
     with pytest.raises(UserError, match=message):
         tasks.load_tasks(names, source)
 

@@ -111,6 +111,11 @@ class Asset:
         return all(_has_size(self.folder / file.name, file.size) for file in self.files)
 
 
+def revision(name: str) -> str:
+    """Return what pins the bytes of an asset, with 16 hex digits of its first file's SHA-256; empty for what is none."""
+    return next((f"file sha256 {asset.files[0].sha256[:16]}" for asset in list_assets() if asset.name == name), "")
+
+
 def list_assets() -> list[Asset]:
     """Return every pinned asset, in the order of `data/assets.yaml`."""
     listing = paths.data() / "assets.yaml"

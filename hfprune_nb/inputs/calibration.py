@@ -114,7 +114,7 @@ def documents(
     corpus, passed_over = str(corpus), Counter() if passed_over is None else passed_over
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown: choose one of {', '.join(SPLITS)}")
-    if chat_tokenizer is not None and (corpus in TEXT_CORPORA or text_files.suffix(corpus) == ".txt"):
+    if chat_tokenizer is not None and is_plain(corpus):
         raise UserError(f"corpus {corpus!r} holds plain text and no conversations: set chat_template=False")
     if corpus == "c4":
         return _hub_dataset(hub.REPOSITORIES[corpus], split, "text", seed, None, passed_over)
@@ -132,6 +132,11 @@ def documents(
         records = text_files.read_records(file, "corpus")
         return _shuffled(_share(_texts(records, text_column, f"corpus {file}", chat_tokenizer, passed_over), split), seed)
     return _hub_dataset(corpus, split, text_column, seed, chat_tokenizer, passed_over)
+
+
+def is_plain(corpus: str | Path) -> bool:
+    """Return whether a corpus holds plain text, so that it has no column and no conversations."""
+    return str(corpus) in TEXT_CORPORA or text_files.suffix(corpus) == ".txt"
 
 
 def windows(

@@ -6,8 +6,10 @@ Everything is downloaded whole into the client's own cache and read from there, 
 import collections
 import contextlib
 import functools
+import glob
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -26,20 +28,56 @@ TIMEOUT = 30.0  # seconds without an answer
 PATIENCE = 600.0  # seconds for which a hub that is busy, or that answered before, is asked again
 TRIES = 4  # how often a hub that never answered is asked
 PAUSE = 60.0  # seconds after patience ran out in which nothing is asked twice
+ADAPTERS = "adapter_config.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Names of the kit for repositories of the hub.
 REPOSITORIES = {"c4": "allenai/c4:en", "lamini": "MBZUAI/LaMini-instruction", "alpaca": "tatsu-lab/alpaca"}
 
 
 def repository(name: str) -> str:
-    """Return the hub repository that a model, corpus or data name leads to; empty for what is local or the kit's own."""
-    if not name or any(place.exists() for place in (Path(name).expanduser(), paths.project() / name)):
+    """Return the hub repository that a model, corpus or data name leads to; empty for what is local or the kit's own.
+
+    A folder of adapters leads to that of their base model.
+    """
+    if place := next((place for place in (Path(name).expanduser(), paths.project() / name) if name and place.exists()), None):
+        return repository(adapter_base(place))
+    if not name:
         return ""
     found = REPOSITORIES.get(name, name).partition(":")[0]
     if found.endswith(".gguf"):
         return found.rpartition("/")[0]
     is_file = text_files.suffix(found) in (".txt", *text_files.RECORD_SUFFIXES)
     return found if re.fullmatch(r"[\w.-]+/[\w.-]+", found) and not is_file else ""
+
+
+def adapter_base(folder: str | Path) -> str:
+    """Return the model on which a folder of adapters was trained: a name, or a folder, sought beside them too; or ""."""
+    try:
+        found = json.loads((Path(folder) / ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    except (OSError, ValueError):
+        return ""
+    beside = Path(folder) / found
+    return str(beside) if found and beside.is_dir() and not Path(found).is_dir() else found
+
+
+@functools.cache
+def task_data(task: str) -> str:
+    """Return the repository of the records of one of the harness's tasks, from its own file, before the harness is loaded.
+
+    Empty for groups, for what the harness has not, and for records that are no repository.
+    """
+    harness = importlib.util.find_spec("lm_eval")
+    folder, name = Path(harness.origin if harness else "").parent / "tasks", glob.escape(task)
+    file = next((file for pattern in (f"{name}.yaml", f"{name}/default.yaml") for file in folder.rglob(pattern)), None)
+    while file and file.is_file():
+        text = file.read_text(encoding="utf-8")
+        named, included = (
+            re.search(rf"""^["']?{key}["']?:\s*["']?([\w./-]+)""", text, re.MULTILINE) for key in ("dataset_path", "include")
+        )
+        if named:
+            return named[1] if "/" in named[1] else ""
+        file = file.parent / included[1] if included else None
+    return ""
 
 
 def commit(repository: str, kind: str = "model", revision: str = "") -> str:

@@ -1,7 +1,6 @@
 """What a model can still do: benchmark items, perplexity, fidelity to the dense model, next tokens on sample prompts."""
 
 import dataclasses
-import hashlib
 import logging
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import claim
-from hfprune_nb.inputs import assets, hub, tokenization
+from hfprune_nb.inputs import tokenization
 from hfprune_nb.measure import fidelity
 from hfprune_nb.measure.harness import SharedPrefixLM
 from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric, skipped
@@ -177,20 +176,6 @@ def _task_items(language_model, name: str, task: Task, limit: int) -> pd.DataFra
         values = {metric: sample[metric] for metric in sample["metrics"] if np.isscalar(sample[metric])}
         rows += [(name, sample["doc_id"], sample["doc_hash"], metric + way, float(value)) for metric, value in values.items()]
     return pd.DataFrame(rows, columns=ITEM_COLUMNS)
-
-
-def model_revision(name: str, model) -> str:
-    """Return what pins the weights of the loaded model `name`, for the protocol under a table.
-
-    A commit of the hub, or the first 16 hex digits of a SHA-256: of an asset's pinned file, else of the folder's config.json.
-    """
-    if commit := hub.commit_of(model.config.name_or_path):
-        return f"commit {commit}"
-    for asset in assets.list_assets():
-        if asset.name == name:
-            return f"file sha256 {asset.files[0].sha256[:16]}"
-    configuration = Path(model.config.name_or_path) / "config.json"
-    return f"config.json sha256 {hashlib.sha256(configuration.read_bytes()).hexdigest()[:16]}"
 
 
 def _check_positive(**values: int) -> None:

@@ -125,9 +125,12 @@ def _own_folder() -> Path:
     return paths.data() / "tasks"
 
 
-def _harness_file(name: str) -> Path:
-    file = BENCHMARKS[name].harness_file if name in BENCHMARKS else HUB_ONLY[name][0]
-    return Path(lm_eval.tasks.__file__).parent / file
+def _harness_file(name: str) -> Path | None:
+    """Return the harness's own file of a task; None for groups, tags, and what it does not have."""
+    if name in BENCHMARKS or name in HUB_ONLY:
+        return Path(lm_eval.tasks.__file__).parent / (BENCHMARKS[name].harness_file if name in BENCHMARKS else HUB_ONLY[name][0])
+    entry = _task_manager().task_index.get(name)
+    return entry.yaml_path if entry and entry.kind.name == "TASK" else None
 
 
 def _local_task(name: str) -> LocalTask:
@@ -170,17 +173,17 @@ def _task_manager() -> TaskManager:
 def _hub_tasks(name: str) -> dict[str, Task]:
     if name in BENCHMARKS and BENCHMARKS[name].edition_of:
         raise UserError(f"task {name!r} is local only: name {BENCHMARKS[name].edition_of} with source='hub'")
-    known = name in BENCHMARKS or name in HUB_ONLY
-    if not known and name not in (listed := _task_manager().all_tasks):
+    file = _harness_file(name)
+    if not file and name not in (listed := _task_manager().all_tasks):
         nearest = difflib.get_close_matches(name, {*local_names(), *GROUPS, *listed}, n=3)
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else "`lm_eval ls tasks` lists the names"
         raise UserError(f"task {name!r} is unknown to lm-eval: {hint}")
     try:
-        if not known:
+        config = load_yaml(file) if file else {}
+        repository = config.get("dataset_path", "")
+        if "/" not in repository or "class" in config:
             with hub.errors("dataset", f"of the task {name}"):
                 return hub.patiently(_task_manager().load, [name])["tasks"]
-        config = load_yaml(_harness_file(name))
-        repository = config["dataset_path"]
         commit = hub.commit(repository, "dataset")
         config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "revision": commit}
         with hub.errors("dataset", repository, commit):

@@ -1,11 +1,11 @@
 """LoRA adapters given as a model: merged into the model that they were trained on."""
 
-import json
 from pathlib import Path
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
 
-_CONFIGURATION, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIGURATION, _WEIGHTS = hub.ADAPTERS, "adapter_model.safetensors"
 
 
 def is_adapter(source: str) -> bool:
@@ -27,11 +27,9 @@ def has_tokenizer(source: str) -> bool:
 
 def base(name: str, source: str) -> str:
     """Return the model that the adapters were trained on: a name, or a folder, sought beside the adapters too."""
-    found = json.loads((Path(source) / _CONFIGURATION).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not found:
+    if not (found := hub.adapter_base(source)):
         raise UserError(f"model '{name}' holds adapters of no base model: set base_model_name_or_path in {_CONFIGURATION}.")
-    beside = Path(source) / found
-    return str(beside) if beside.is_dir() and not Path(found).is_dir() else found
+    return found
 
 
 def merge(name: str, model, source: str):

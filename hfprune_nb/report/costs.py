@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hfprune_nb.report.paper import PAPER_MODEL, read
+from hfprune_nb.report.protocol import commits_sentence
 from hfprune_nb.report.results import percent
 from hfprune_nb.report.style import REFERENCE, STYLE, Legend, closed, pair_look
 from hfprune_nb.report.table import ABSENT, Table
@@ -28,7 +29,8 @@ def protocol(facts: dict) -> str:
         f"Protocol. {facts['model']} with {weights}, {size}, {facts['dtype']}; {windows} of {facts['corpus']}; "
         f"{machine['processor']}, {machine['threads']} threads, {versions}. Contestants alternate in one process, "
         f"{facts['repetitions']} repetitions after a warm-up; cells are medians with {_interval_words(facts['repetitions'])}. "
-        f"Memory is the {machine['memory']}, beyond the weights. Measured peak of matrix products: {peaks}."
+        f"Memory is the {machine['memory']}, beyond the weights. Measured peak of matrix products: {peaks}. "
+        f"{commits_sentence([facts.get('commits', {})])}".strip()
     )
 
 

@@ -31,6 +31,7 @@ def protocol_note(results: Results) -> str:
     values = {name: _values(results.protocols, key) for name, key in SETTINGS}
     settings = [f"{name} {value}" for name, value in values.items() if value]
     sentences.append("Settings: " + ", ".join(settings) + "." if settings else "")
+    sentences.append(commits_sentence(protocol.get("commits", {}) for protocol in results.protocols))
     seeds = sorted(set(results.models["seed"]) - {-1})
     sentences += list(dict.fromkeys(_scoring_sentence(protocol) for protocol in results.protocols))
     sentences += results.legend.settings(results.models["criterion"])
@@ -50,6 +51,12 @@ def protocol_note(results: Results) -> str:
         if told:
             sentences.append(f"{name} on {', '.join(told)}.")
     return "Protocol. " + " ".join(s for s in [*sentences, *results.notes, MADE] if s)
+
+
+def commits_sentence(each: Iterable[dict[str, str]]) -> str:
+    """Return the commits of the hub repositories that were read, models, texts and task records; empty where none was."""
+    found = sorted({(name, commit[:12]) for commits in each for name, commit in commits.items()})
+    return f"Commits read: {', '.join(f'{name} {commit}' for name, commit in found)}." if found else ""
 
 
 def protocol(results: Results) -> dict:
@@ -135,7 +142,8 @@ def experiment_notes(experiment_folders: Iterable[Path]) -> list[str]:
             f"{text['n_windows']} windows of {text['seq_len']} tokens of each text ({'; '.join(facts['corpora'])}) in "
             f"{text['dtype']}, seed {facts['seed']}, BOS {'yes' if text['bos'] else 'no'}; damage measured on "
             f"{truth['n_windows']} held-out windows of {truth['seq_len']} tokens of {truth['corpus']} in {truth['dtype']}; own "
-            f"text: {facts['own_text'] or 'none'}. {', '.join(f'{name} {value}' for name, value in made.items())}. {MADE}"
+            f"text: {facts['own_text'] or 'none'}. {', '.join(f'{name} {value}' for name, value in made.items())}. "
+            f"{' '.join(filter(None, [commits_sentence([facts.get('commits', {})]), MADE]))}"
         )
         notes += facts["notes"]
     return list(dict.fromkeys(notes))

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -26,9 +25,6 @@ def run(
     """
     import papermill
     from traitlets.config import Config
-
-    # It takes a parameter whose type is a union for an unknown one, and says so.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
 
     with tempfile.TemporaryDirectory(prefix="hf") as private, _watchdog(timeout_seconds) as timed_out:
         config = Config()

@@ -15,8 +15,9 @@ import os
 import shutil
 from pathlib import Path
 
-from hfprune_nb import paths
+from hfprune_nb import paths, text_files
 from hfprune_nb.files import sha256
+from hfprune_nb.inputs import hub
 from hfprune_nb.runs.artifacts import canonical
 from hfprune_nb.runs.parameters import declared
 from hfprune_nb.runs.stages import STAGES
@@ -37,7 +38,7 @@ def address(stage: str, parameters: dict) -> str:
     if "device" in parameters:
         chosen["device"] = device(parameters["device"])
     chosen |= contents(stage, parameters)
-    code = {name: _content(path) for name, path in own.sources(parameters).items()}
+    code = {name: content(path) for name, path in own.sources(parameters).items()}
     version = [own.version] if own.version > 1 else []
     return hashlib.sha256(canonical([stage, *version, chosen, *filter(None, [code])]).encode()).hexdigest()[:16]
 
@@ -64,15 +65,20 @@ def local_path(name: str) -> Path | None:
 def _contents(value):
     if isinstance(value, list):
         return [_contents(each) for each in value]
+    if any(mark in value for mark in "*?[") and (found := text_files.matching(value)):
+        return [value, hashlib.sha256(canonical([[file.name, sha256(file)] for file in found]).encode()).hexdigest()[:16]]
     path = local_path(value)
-    return [path.name, _content(path)] if path else value
+    return [path.name, content(path)] if path else value
 
 
-def _content(path: Path) -> str:
-    """Return the hash of a file's content, or of the files that make a model's folder."""
+def content(path: Path) -> str:
+    """Return the hash of a file's content, or of the files that make a model's folder, with the model that adapters name."""
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.suffix in MODEL_SUFFIXES and file.is_file()]
-        return hashlib.sha256(canonical({file.name: _content(file) for file in files}).encode()).hexdigest()[:16]
+        found = {file.name: content(file) for file in files}
+        if base := local_path(hub.adapter_base(path)):
+            found["base model"] = content(base)
+        return hashlib.sha256(canonical(found).encode()).hexdigest()[:16]
     state = path.stat()
     return _hashed(str(path.resolve()), state.st_size, state.st_mtime_ns)
 

@@ -56,7 +56,7 @@ def _read_parameters(notebook: Path, modified: int) -> dict[str, Parameter]:
     if not cells:
         raise UserError(f"{notebook.name} has no cell tagged 'parameters': tag its first code cell")
     parameters = {}
-    for line in ast.parse("".join(cells[0]["source"])).body:
+    for line in ast.parse("".join(cells[0]["source"]), type_comments=True).body:
         target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
         try:
             default = ast.literal_eval(line.value)
@@ -66,7 +66,9 @@ def _read_parameters(notebook: Path, modified: int) -> dict[str, Parameter]:
                 f"the parameters cell of {notebook.name} may only hold `name = literal`, not `{ast.unparse(line)}`: "
                 "compute it in the next cell"
             ) from None
-        annotation = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else ""
+        # Papermill reads no annotation with `|`, and takes the parameter for an unknown one: a type comment says it instead.
+        told = [*(getattr(line, "type_comment", None) or "").split(), ""][0]
+        annotation = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else told.replace("|", " | ")
         parameters[name] = Parameter(name, default, _type(annotation, default))
     return parameters
 

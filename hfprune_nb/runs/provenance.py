@@ -12,6 +12,8 @@ from pathlib import Path
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
+from hfprune_nb.runs.keys import content, local_path
 
 
 def peak_memory() -> int | None:
@@ -24,6 +26,18 @@ def peak_memory() -> int | None:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     torch = sys.modules.get("torch")
     return host + torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else host
+
+
+def model_revision(parameters: dict) -> str:
+    """Return what pins the weights of a run's model: a commit of the hub, the first 16 hex digits of a SHA-256 of local files.
+
+    Empty for the kit's own aliases (`assets.revision`).
+    """
+    name = parameters["model"]
+    commit = parameters["revisions"].get(hub.repository(name), "")
+    pinned = [f"commit {commit}"] if commit else []
+    folder = local_path(name)
+    return " and ".join([*pinned, *([f"files sha256 {content(folder)}"] if folder else [])])
 
 
 def surroundings() -> dict:

@@ -214,6 +214,8 @@ def _located(value, folder: Path, key: str):
     if not isinstance(value, str) or not value:
         return value
     path = Path(value).expanduser()
+    if any(mark in value for mark in "*?[") and text_files.matching(str(folder / path)):
+        return str(folder / path)
     if (folder / path).exists():
         return str(folder / path)
     is_model = key.endswith("model") or key == "models"

@@ -14,6 +14,10 @@ class Cost(Stage):
     files = ("model", "corpus")
     version = 2  # dtype is float32 by default, was bfloat16
 
+    def from_hub(self, parameters):
+        # A shape has random weights and random tokens.
+        return [] if parameters["shape"] else [*super().from_hub(parameters), (parameters["corpus"], "dataset")]
+
     def work(self, parameters, known, ancestor):
         tokens = 20 * (parameters["repetitions"] + 1) * parameters["n_windows"] * parameters["seq_len"]
         return tokens * size(parameters, known), tokens

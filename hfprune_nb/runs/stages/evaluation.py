@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from hfprune_nb import paths
+from hfprune_nb.inputs import hub
 from hfprune_nb.runs.stages.base import EVERYTHING, Input, Stage, size
 
 
@@ -21,12 +22,23 @@ class Evaluation(Stage):
             "evaluation",
             passes=(EVERYTHING,),
             follows=("pruned", "recovered"),
-            agrees=("model", "perplexity_corpora", "n_windows", "seq_len", "fidelity_positions", "seed", "bos", "dtype"),
+            agrees=(
+                "model",
+                "perplexity_corpora",
+                "text_column",
+                "chat_template",
+                "n_windows",
+                "seq_len",
+                "fidelity_positions",
+                "seed",
+                "bos",
+                "dtype",
+            ),
         ),
     }
     choices = {"task_source": ("auto", "local", "hub"), "metric": ("paper", "acc")}
     files = ("model", "perplexity_corpora")
-    version = 2  # dtype is float32 by default, was bfloat16
+    version = 3  # the dense evaluation keeps the held-out windows; dtype is float32 by default, was bfloat16
 
     def plan(self, grid):
         for values in grid.combinations(self.name):
@@ -47,11 +59,15 @@ class Evaluation(Stage):
 
     def from_hub(self, parameters):
         data = list(parameters["perplexity_corpora"])
-        if parameters["task_source"] == "hub":
+        if parameters["task_source"] != "local":
             from hfprune_nb.runs import forecast  # which imports the stages
 
-            tasks = forecast.rates()["tasks"]
-            data += [tasks[name]["dataset"] for name in parameters["tasks"] if "dataset" in tasks.get(name, {})]
+            known = forecast.rates()["tasks"]
+            for name in parameters["tasks"]:
+                facts = known.get(name, {})
+                is_local = facts.get("local") or (paths.data() / "tasks" / f"{name}.yaml").is_file()
+                if parameters["task_source"] == "hub" or not is_local:
+                    data.append(facts.get("dataset") or hub.task_data(name))
         return [*super().from_hub(parameters), *((name, "dataset") for name in data)]
 
     def work(self, parameters, known, ancestor):

@@ -10,7 +10,7 @@ class Experiments(Stage):
     name = "experiments"
     notebook = "08_experiments.ipynb"
     section = "experiments"
-    files = ("model", "corpora")
+    files = ("model", "corpora", "own_text")
     version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
