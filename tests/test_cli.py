@@ -199,6 +199,18 @@ def test_what_notebooks_made_without_a_study_can_be_cleaned(project, capsys):
     assert main(["study", "clean", "locale", "--yes"]) == 2 and "no study file 'locale'" in capsys.readouterr().err
 
 
+def test_one_artifact_can_be_computed_again(project, capsys):
+    folder = project / "results" / "toy" / "scoring"
+    wanted, other = folder / "0123456789abcdef", folder / "fedcba9876543210"
+    for path in (wanted, other):
+        path.mkdir(parents=True)
+    (folder / f".{wanted.name}.lock").touch()
+    assert main(["study", "clean", "toy", f"scoring/{wanted.name}", "--yes"]) == 0
+    assert not list(folder.glob(f"*{wanted.name}*")) and other.exists()
+    assert main(["study", "clean", "toy", f"scoring/{wanted.name}", "--yes"]) == 2
+    assert f"no artifact scoring/{wanted.name}: `hfprune study graph toy` lists them" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_early_is_no_error(project):
     command = f'{sys.executable} -c \'from hfprune_nb.cli.main import main; main(["study", "graph", "toy"])\' | head -c 1'
     environment = os.environ | {"PYTHONPATH": os.getcwd()}

@@ -95,6 +95,15 @@ def test_one_window_that_does_not_fit_is_told(tiny, token_windows, monkeypatch):
         scoring.score(tiny("llama"), token_windows, ["entropy"], progress=False)
 
 
+def test_a_model_that_is_being_trained_scores_like_a_frozen_one_and_stays_as_it_was(tiny, token_windows):
+    expected = scoring.score(tiny("llama"), token_windows, THREE, progress=False)
+    model = tiny("llama").train().requires_grad_(True)
+    assert_equal_scores(scoring.score(model, token_windows, THREE, progress=False), expected)
+    assert model.training and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(UserError, match="windows: token id -100 is no token"):
+        scoring.score(model, np.where(token_windows == token_windows.max(), -100, token_windows), THREE, progress=False)
+
+
 def test_another_error_is_not_taken_for_a_full_memory(tiny, token_windows, monkeypatch):
     tried = failing_above(0, RuntimeError("shapes do not fit"), monkeypatch)
     with pytest.raises(RuntimeError, match="shapes do not fit"):

@@ -207,6 +207,16 @@ def test_the_note_tells_versions_and_leaves_machine_and_commit_to_the_card(tmp_p
     assert notes[0] == notes[1], "the same results on another machine make the same tables"
 
 
+def test_an_evaluation_of_ones_own_does_not_hide_the_study(tmp_path):
+    study = [synthetic.evaluation(tmp_path / "dense"), synthetic.evaluation(tmp_path / "entropy", "entropy", 0.2, 0)]
+    own = synthetic.evaluation(tmp_path / "own", n_items=8)
+    results = collect([own, *study])
+    assert len(results.models) == 2 and set(results.items["doc_id"]) == set(range(40))
+    assert any(f"other settings: {tmp_path.name}/own (limit 8)" in note for note in results.notes)
+    with pytest.raises(UserError, match=r"more than once, \S+/dense \(limit 40\); \S+/own \(limit 8\): list the ones"):
+        collect([study[0], own])
+
+
 def test_the_commits_of_models_texts_and_tasks_stand_under_the_tables(tmp_path):
     folder = synthetic.evaluation(tmp_path / "dense")
     summary = json.loads((folder / "summary.json").read_text())

@@ -51,6 +51,7 @@ _CLEAN_EXAMPLES = """examples:
   hfprune study clean offline            shows what would go and asks
   hfprune study clean offline --yes      artifacts go, exported tables and figures stay
   hfprune study clean local              what notebooks made one by one
+  hfprune study clean offline scoring/0123456789abcdef --yes     that artifact alone: the next run computes it again
 """
 _SHOWN = 20
 
@@ -87,6 +88,7 @@ def add_study(groups) -> None:
         default=True,
         help="first fetch the assets that the study names (default: yes)",
     )
+    clean.add_argument("artifacts", nargs="*", metavar="STAGE/KEY", help="only these, to have them computed again")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     clean.add_argument("--exported", action="store_true", help="delete the exported tables, figures and pages too")
 
@@ -281,6 +283,12 @@ def _clean(options) -> int:
         if options.study.startswith(".") or "/" in options.study or not folder.is_dir():
             raise
     doomed = scheduler.removable(folder, options.exported)
+    if options.artifacts:
+        doomed = [path for path in doomed if f"{path.parent.name}/{path.name.lstrip('.').partition('.')[0]}" in options.artifacts]
+        if missing := {*options.artifacts} - {f"{path.parent.name}/{path.name}" for path in doomed}:
+            raise UserError(
+                f"study {folder.name} has no artifact {min(missing)}: `hfprune study graph {options.study}` lists them"
+            )
     if not doomed:
         say(f"study {folder.name}: nothing to delete")
         return 0
@@ -292,7 +300,8 @@ def _clean(options) -> int:
         if input(f"Delete these {len(doomed)}? [y/N] ").strip().lower() not in ("y", "yes"):
             say("nothing was deleted")
             return 0
-    say(f"deleted {len(scheduler.clean(folder, options.exported))}")
+    scheduler.remove(folder, doomed)
+    say(f"deleted {len(doomed)}")
     return 0
 
 

@@ -52,9 +52,11 @@ class LocalTask(ConfigurableTask):
         return super().eval_docs
 
 
-def expand(names: Iterable[str]) -> list[str]:
+def expand(names: str | Iterable[str]) -> list[str]:
     """Return task names in their order, each once, with the kit's own groups replaced by their tasks."""
-    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+    return list(
+        dict.fromkeys(task for name in ([names] if isinstance(names, str) else names) for task in GROUPS.get(name, (name,)))
+    )
 
 
 def skipped(names: Iterable[str], source: str) -> dict[str, str]:

@@ -9,6 +9,23 @@ from hfprune_nb.models.units import attention_groups, gated_mlps, kept_indices
 
 
 @contextlib.contextmanager
+def frozen(model):
+    """Within the context, the model is as for inference: in evaluation mode, and no parameter asks for a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def replaced(model, replace, units=gated_mlps):
     """Within the context, every MLP hidden activation h (batch, seq, neurons) of layer l becomes `replace(l, h)`.
 

@@ -122,6 +122,7 @@ def overview_table(criterion: Table, paired: Table) -> Table:
     note = (
         f"{MARKS['better']} better, {MARKS['worse']} worse than {legend.label(reference)} on the same items and seeds, after "
         f"Holm's correction (paired table). Without a mark: this study cannot tell them apart. {_untested(long, legend)}"
+        f" {intervals.FAMILY_ERROR}"
     )
     return Table("overview", "The study at a glance (measured)", long, display, (note.strip(), *criterion.notes), legend)
 

@@ -67,7 +67,7 @@ def entropy_table(frame: pd.DataFrame, results: Results | None, legend: Legend) 
     note = (
         "KL(dense, pruned) in nats; positions are split at the median entropy of the dense model's distribution over a corpus. "
         "Differences are paired by window and calibration seed, interval and p over both (one seed gives no p-value); Holm's "
-        "correction is over all rows of a model. Negative: entropy stays closer to the dense model."
+        f"correction is over all rows of a model. {intervals.FAMILY_ERROR} Negative: entropy stays closer to the dense model."
     )
     notes = (note,) if results is None else (note, protocol_note(results))
     return Table("entropy_split", "KL to the dense model by position, entropy against others (measured)", frame, display, notes)

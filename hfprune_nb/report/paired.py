@@ -84,8 +84,8 @@ def paired_table(results: Results) -> Table:
         "in points, perplexity as difference of log-perplexity in nats per token, JS and KL in their own units; lower is better "
         "for all but averages.",
         f"Holm's correction is over the {families.max() if len(families) else 0} comparisons (pairs x ratios) of one "
-        "measure on one model: where no criterion differs from another, 5 % of studies or fewer give a verdict on any of them "
-        "(simulated). The items p-value holds for these calibration seeds only, Student's t over items of the difference "
+        f"measure on one model. {intervals.FAMILY_ERROR} "
+        "The items p-value holds for these calibration seeds only, Student's t over items of the difference "
         "that is printed, and gives no verdict.",
         "Detectable is the smallest true difference that this study would have found with 80 % chance (two-sided 5 %; after "
         "the slash at Holm's strictest level), with the same degrees of freedom: smaller ones can neither be seen nor excluded.",

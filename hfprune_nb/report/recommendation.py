@@ -223,7 +223,8 @@ def _notes(long: pd.DataFrame, results: Results) -> tuple[str, ...]:
     return (
         "KL(dense, pruned) on held-out text, the geometric mean over windows; corpora count alike. Its ratio to HFPrune's recipe "
         "(entropy, uniform widths, no compensation) is paired on the same windows and calibration seeds; interval and p are over "
-        f"both (Behrens and Fisher), and Holm's correction over the {family} recipes of one model and ratio.",
+        f"both (Behrens and Fisher), and Holm's correction over the {family} recipes of one model and ratio. "
+        f"{intervals.FAMILY_ERROR}",
         "Forward passes are those over the calibration text that scoring takes, a backward pass counted as two; a compensation "
         "adds one over its own windows.",
         protocol_note(results),

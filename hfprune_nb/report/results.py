@@ -110,6 +110,7 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     plain = [(summary, folder) for summary, folder in of_split if treatment(summary) == (tuned, compensation)]
     if not plain:
         raise UserError("evaluations holds tuned or compensated models only: add the evaluations (05) of the pruned ones")
+    plain, others = _under_one_protocol(plain)
     names = Legend(spec for summary, _ in read for spec in specs(summary))
 
     def reading_order(evaluation: tuple[dict, Path]) -> tuple:
@@ -119,12 +120,11 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     # Artifacts come in the order of their hashes, which means nothing to a reader.
     summaries, folders = zip(*sorted(plain, key=reading_order), strict=True)
     models = pd.DataFrame([model_row(summary) for summary in summaries])
-    repeated = models[models.duplicated(KEYS, keep=False)]
-    if len(repeated):
-        first = repeated.iloc[0]
+    if repeated := _repeated(plain):
+        first = model_row(repeated[0][0])
         raise UserError(
-            f"evaluations holds {first['model']}, {first['criterion']} at ratio {first['ratio']:g} and seed "
-            f"{first['seed']} more than once, perhaps under two protocols: list the ones that are meant"
+            f"evaluations holds {first['model']}, {first['criterion']} at ratio {first['ratio']:g} and seed {first['seed']} more "
+            f"than once, {_told_apart(repeated)}: list the ones that are meant"
         )
     frames = {name: _stack(name, folders, models) for name in COLUMNS}
     metrics = {
@@ -137,7 +137,8 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     items = frames["items"]
     wanted = pd.Series([metrics.get(pair) for pair in zip(items["model"], items["task"], strict=True)], items.index)
     frames["items"] = items[wanted.isna() | (wanted == items["metric"])]
-    notes = [f"No {FRAME_NAMES[name]} in these evaluations." for name in FRAME_NAMES if frames[name].empty]
+    notes = [f"Not shown, as they were made with other settings: {_told_apart(others, plain)}."] if others else []
+    notes += [f"No {FRAME_NAMES[name]} in these evaluations." for name in FRAME_NAMES if frames[name].empty]
     notes += [
         f"{name}: the dense model was not evaluated."
         for name in models["model"].unique()
@@ -161,6 +162,47 @@ def versions(folder: Path) -> dict:
         return {}
     card = json.loads(path.read_text(encoding="utf-8"))
     return {name: card["versions"].get(name) for name in ("torch", "transformers")}
+
+
+def _repeated(read: list[tuple[dict, Path]]) -> list[tuple[dict, Path]]:
+    """Return the evaluations of the first model, criterion, ratio and seed that occurs more than once."""
+    found: dict[tuple, list] = {}
+    for summary, folder in read:
+        found.setdefault(tuple(model_row(summary)[key] for key in KEYS), []).append((summary, folder))
+    return next((same for same in found.values() if len(same) > 1), [])
+
+
+def _settings(summary: dict) -> dict:
+    protocol = summary["protocol"]
+    names = protocol.keys() - {"tasks", "calibration", "scoring", "commits", "model_revision", "device"}
+    return {name: protocol[name] for name in sorted(names)} | {"tasks": sorted(protocol.get("tasks", {}))}
+
+
+def _under_one_protocol(read: list[tuple[dict, Path]]) -> tuple[list[tuple[dict, Path]], list[tuple[dict, Path]]]:
+    """Return the evaluations to show, and those left out: where one occurs twice, only the settings that most of them share.
+
+    An evaluation of one's own beside a study's must not hide the study.
+    """
+    if not _repeated(read):
+        return read, []
+    groups: dict[str, list] = {}
+    for summary, folder in read:
+        groups.setdefault(json.dumps(_settings(summary), sort_keys=True), []).append((summary, folder))
+    largest = max(groups.values(), key=len)
+    if sum(len(group) == len(largest) for group in groups.values()) > 1:
+        return read, []
+    return largest, [pair for group in groups.values() if group is not largest for pair in group]
+
+
+def _told_apart(listed: list[tuple[dict, Path]], beside: list[tuple[dict, Path]] = ()) -> str:
+    """Return the evaluations' references, each with the settings in which they differ from each other or from those `beside`."""
+    settings = [_settings(summary) | summary["protocol"].get("calibration", {}) for summary, _ in [*listed, *beside]]
+    differ = [name for name in settings[0] if len({json.dumps(each.get(name)) for each in settings}) > 1]
+    told = [
+        (f"{folder.parent.name}/{folder.name}", ", ".join(f"{name} {own.get(name)}" for name in differ))
+        for (_, folder), own in zip(listed, settings, strict=False)
+    ]
+    return "; ".join(f"{reference} ({what})" if what else reference for reference, what in told)
 
 
 def treatment(summary: dict) -> tuple[bool, str]:

@@ -64,7 +64,8 @@ PAPER_REMARK = (
 READING = (
     "'tuned - untuned' and 'gain beyond the dense model's' are paired by item and calibration seed: percentage points for "
     "tasks, nats per token for perplexity (negative is better there), with 95 % intervals over seeds and items; p-values carry "
-    "Holm's correction over all differences of one column on one model. One seed gives no p-value and no verdict. The dense "
+    f"Holm's correction over all differences of one column on one model. {intervals.FAMILY_ERROR} "
+    "One seed gives no p-value and no verdict. The dense "
     "model is tuned once: what another order of the same data would do to it is in no interval."
 )
 

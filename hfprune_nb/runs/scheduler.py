@@ -128,12 +128,17 @@ def removable(folder: Path, everything: bool = False) -> list[Path]:
 def clean(folder: Path, everything: bool = False) -> list[Path]:
     """Delete a study's artifacts, and with `everything` its exported files too; return what was deleted."""
     removed = removable(folder, everything)
-    for path in removed:
+    remove(folder, removed)
+    return removed
+
+
+def remove(folder: Path, doomed: list[Path]) -> None:
+    """Delete these of a study's results, and stages' folders in which nothing is left."""
+    for path in doomed:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in STAGES:
         with contextlib.suppress(OSError):
             (folder / name).rmdir()
-    return removed
 
 
 class _Scheduler:

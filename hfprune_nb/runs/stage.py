@@ -46,6 +46,10 @@ def start(stage: str, /, **parameters) -> "Run":
     when the notebook of an input fails.
     """
     notebook = notebook_path(stage)
+    if PROGRESS_FILE in os.environ and Path("matplotlibrc").exists():
+        import matplotlib
+
+        matplotlib.rcdefaults()  # it reads the working directory's before the one that the kernel was given
     refuse_unknown(_injected_names(), notebook)
     known = notebook_parameters(notebook)
     parameters = parameters or {name: value for name, value in sys._getframe(1).f_globals.items() if name in known}

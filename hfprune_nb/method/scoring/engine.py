@@ -41,6 +41,7 @@ from hfprune_nb.models import (
     units,
 )
 from hfprune_nb.models.cpu_attention import fast_on_cpu
+from hfprune_nb.models.hooks import frozen
 from hfprune_nb.progress import bar
 
 _FIRST_STAGE, _START = "first stage", "start of "
@@ -135,7 +136,7 @@ def score(
     searching = {name: criterion for name, criterion in reading.items() if criterion.kind == "search"}
     own = tokens * (1 + len(students)) // scoring_pass.world_size
     own += int(tokens * sum(criterion.passes.forward - criterion.start.passes.forward for criterion in searching.values()))
-    with bar(own, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar, fast_on_cpu(model):
+    with bar(own, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar, fast_on_cpu(model), frozen(model):
         if dense:
             found, mean_value = scoring_pass("dense", dense, None, progress_bar)
         for index, ((aggregation, ratio), group) in enumerate(students.items(), start=1):
