@@ -6,11 +6,15 @@ import pandas as pd
 import pytest
 import synthetic
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hfprune_nb import models
+from hfprune_nb.cost import flops, generation
 from hfprune_nb.errors import UserError
-from hfprune_nb.method import pruning, scoring, selection
+from hfprune_nb.files import save_tensors
+from hfprune_nb.measure import evaluation
+from hfprune_nb.method import compensation, pruning, scoring, selection
 from hfprune_nb.models.hooks import replaced, silenced
 from hfprune_nb.report import attention, results
 from hfprune_nb.report.table import ABSENT
@@ -306,3 +310,25 @@ def test_a_split_that_is_rounded_to_nothing_is_compared_with_nothing(tmp_path):
     folders += synthetic.study(tmp_path / "rounded", ("entropy",), (0.2,), dense=False, **rounded, **options)
     table = attention.attention_table(folders)
     assert len(table.display) == 2 and table.long["change"].isna().all() and attention.sentences(table) == []
+
+
+def test_a_model_with_fewer_groups_is_repaired_scored_measured_counted_and_generates(grouped, token_windows, tmp_path):
+    dense, neurons, groups = grouped("qwen2"), [[*range(0, 40, 2)]] * 3, [[0, 2], [1, 2], [0, 1]]
+    repaired, errors = compensation.compensate("least_squares", dense, token_windows, neurons, progress=False)
+    assert (errors["repaired"] < errors["slicing"]).all()
+    pruning.save_kept(neurons, tmp_path / "kept.safetensors")
+    pruning.save_kept(groups, tmp_path / "groups.safetensors")
+    save_tensors(repaired, tmp_path / "repaired.safetensors")
+    narrow = pruning.rebuild(copy.deepcopy(dense), tmp_path)
+    rescored = scoring.score(narrow, token_windows, ["entropy"], attention_groups=True, progress=False)
+    assert [len(row) for row in rescored.groups["entropy"]] == [2] * 3
+    reference = evaluation.held_out(dense, token_windows)
+    found = evaluation.held_out(narrow, token_windows, reference=reference.hidden, reference_head=models.head(dense))
+    assert (found.fidelity["kl"] > 0).all() and found.perplexity["nll"].notna().all()
+    narrow.set_attn_implementation("eager")  # the counter does not know every fused kernel
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        narrow(TOKENS, use_cache=False)
+    assert flops.forward_flops(narrow.config, TOKENS.numel(), TOKENS.shape[1]) == counter.get_total_flops()
+    for cache in ("dynamic", "static"):
+        rows = generation.compare({"dense": dense, "narrow": narrow}, [2], 6, 3, repetitions=1, cache=cache, progress=False)
+        assert {row["model"] for row in rows} == {"dense", "narrow"}
