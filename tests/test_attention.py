@@ -18,6 +18,7 @@ from hfprune_nb.method import compensation, pruning, scoring, selection
 from hfprune_nb.models.hooks import replaced, silenced
 from hfprune_nb.report import attention, results
 from hfprune_nb.report.table import ABSENT
+from hfprune_nb.runs import study
 
 GROUPED = ("llama", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "phi3")
 ALL = [list(range(40))] * 3
@@ -332,3 +333,16 @@ def test_a_model_with_fewer_groups_is_repaired_scored_measured_counted_and_gener
     for cache in ("dynamic", "static"):
         rows = generation.compare({"dense": dense, "narrow": narrow}, [2], 6, 3, repetitions=1, cache=cache, progress=False)
         assert {row["model"] for row in rows} == {"dense", "narrow"}
+
+
+def test_a_study_of_splits_is_refused_before_anything_runs(tmp_path):
+    for line, words in {
+        "criteria: [entropy, magnitude]": "criterion 'magnitude' scores no attention groups",
+        "criteria: [wanda]": "scores of criterion 'wanda' are not comparable",
+        "ratios: null\nneuron_ratios: [0.2]": "give ratio in place of neuron_ratio",
+    }.items():
+        (tmp_path / "study.yaml").write_text(f"extends: offline-attention\nrecovery_criteria: null\n{line}\n")
+        with pytest.raises(UserError, match=words):
+            study.load(tmp_path / "study.yaml")
+    (scoring_job,) = [job for job in study.load("offline-attention").jobs if job.stage == "scoring"]
+    assert scoring_job.parameters["attention_groups"] is True

@@ -17,6 +17,7 @@ from hfprune_nb.criteria.base import (
     WeightCriterion,
     WeightGradientCriterion,
 )
+from hfprune_nb.errors import UserError
 from hfprune_nb.families import Setting
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "Variant",
     "WeightCriterion",
     "WeightGradientCriterion",
+    "check_groups",
+    "check_split",
     "create",
     "names",
     "variants",
@@ -55,6 +58,11 @@ class Variant(families.Variant):
         """Whether scores of different layers may be compared with these settings."""
         return self.create().between_layers
 
+    @property
+    def of_groups(self) -> bool:
+        """Whether it scores attention's key-value groups as well, with these settings."""
+        return self.create().of_groups
+
 
 _FAMILY = families.Family(__name__, Criterion, "criteria", Variant)
 
@@ -72,3 +80,20 @@ def create(name: str, **settings) -> Criterion:
 def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
     """Return the variants that `specs` name, in their order; errors as `families.Family.variants`."""
     return _FAMILY.variants(specs)
+
+
+def check_groups(chosen: Iterable[Variant]) -> None:
+    """Raise UserError for a criterion that scores no attention groups."""
+    if others := [variant.name for variant in chosen if not variant.of_groups]:
+        raise UserError(
+            f"attention_groups: criterion '{others[0]}' scores no attention groups: leave it out, or switch attention_groups off."
+        )
+
+
+def check_split(split: str, variant: Variant) -> None:
+    """Raise UserError where the `measured` split would rank neurons and attention groups by scores that cannot be compared."""
+    if split == "measured" and not variant.between_layers:
+        raise UserError(
+            f"attention_split 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are not "
+            "comparable between layers: choose proportional, or a criterion in units of the model's output."
+        )

@@ -68,12 +68,7 @@ def kept_groups(
         neurons = sum(mlp.width * mlp.parameters_per_neuron for mlp in mlps)
         share = budget / (neurons + layers * units[0].width * size) * units[0].width
     else:
-        (variant,) = criteria.variants(criterion)
-        if not variant.criterion.between_layers:
-            raise UserError(
-                f"attention_split 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are "
-                "not comparable between layers: choose proportional, or a criterion in units of the model's output."
-            )
+        criteria.check_split(split, criteria.variants(criterion)[0])
         share = Fraction(_lowest_groups(mlps, importance, of_groups, size, budget), layers)
     removed = min(int(share + Fraction(1, 2)), units[0].width - 1, int(budget / (layers * size)))
     return kept_neurons(of_groups, [unit.width - removed for unit in units])

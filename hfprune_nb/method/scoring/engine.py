@@ -105,7 +105,7 @@ def score(
     chosen, windows = {variant.name: variant.create() for variant in registry.variants(criteria)}, np.asarray(windows)
     _check(chosen, batch_size, chunk_size, checkpoint_every)
     check_neurons(model)
-    mlps, groups = gated_mlps(model), _groups(model, chosen) if attention_groups else []
+    mlps, groups = gated_mlps(model), _groups(model, registry.variants(criteria)) if attention_groups else []
     reading = {name: criterion for name, criterion in chosen.items() if criterion.reads_text}
     if reading:
         if np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2:
@@ -177,10 +177,7 @@ def score(
 
 def _groups(model, chosen):
     """Return the model's attention groups; raise UserError where a criterion scores none, and what `check_groups` raises."""
-    if others := [name for name, criterion in chosen.items() if not criterion.of_groups]:
-        raise UserError(
-            f"attention_groups: criterion '{others[0]}' scores no attention groups: leave it out, or switch attention_groups off."
-        )
+    registry.check_groups(chosen)
     check_groups(model)
     return units.attention_groups(model)
 

@@ -1,6 +1,6 @@
 """Stage 03: from scores to a narrower model."""
 
-from hfprune_nb import allocations
+from hfprune_nb import allocations, criteria
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs.stages.base import Input, Stage, size, source
 
@@ -41,6 +41,7 @@ class Pruning(Stage):
         seeds = grid.study.axes["calibration"].get("seed", [])
         for values in grid.combinations(self.name):
             variant = grid.study.variant(values["criterion"])
+            criteria.check_split(values.get("attention_split", "none"), variant)
             if "allocation" in values:
                 allocations.check(allocations.variants(values["allocation"])[0], variant)
             for job in grid.of("scoring"):

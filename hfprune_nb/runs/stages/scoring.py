@@ -14,7 +14,9 @@ class Scoring(Stage):
     version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
-        criteria.variants(values["criteria"])
+        chosen = criteria.variants(values["criteria"])
+        if values.get("attention_groups"):
+            criteria.check_groups(chosen)
 
     def common(self, study):
         splits = study.axes["pruning"].get("attention_split", [study.sections["pruning"].get("attention_split", "none")])
