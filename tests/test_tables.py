@@ -217,6 +217,17 @@ def test_an_evaluation_of_ones_own_does_not_hide_the_study(tmp_path):
         collect([study[0], own])
 
 
+def test_it_is_told_which_self_distillation_stands_beside_the_papers(tmp_path):
+    folders = [synthetic.evaluation(tmp_path / "dense"), synthetic.evaluation(tmp_path / "sd", "self_distillation", 0.2, 0)]
+    alone = beside_paper.ablation_table(criterion_table(collect(folders)))
+    assert any("weight-wise and not in this study" in note for note in alone.notes)
+    folders.append(synthetic.evaluation(tmp_path / "own", "variant", 0.2, 0))
+    both = beside_paper.ablation_table(criterion_table(collect(folders)))
+    (note,) = [note for note in both.notes if "weight-wise" in note]
+    assert f"weight-wise: {both.legend.label('variant')}, a row of its own." in note
+    assert {"self_distillation", "variant"} <= set(both.long["criterion"])
+
+
 def test_the_commits_of_models_texts_and_tasks_stand_under_the_tables(tmp_path):
     folder = synthetic.evaluation(tmp_path / "dense")
     summary = json.loads((folder / "summary.json").read_text())

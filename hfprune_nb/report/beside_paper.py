@@ -11,7 +11,8 @@ from hfprune_nb.report.results import FIDELITY, MEASURES, UNITS, percent
 from hfprune_nb.report.style import DENSE, Legend
 from hfprune_nb.report.table import ABSENT, Table, format_cell, format_difference
 
-PAPER_CRITERIA = {"dense": DENSE, "CE": "one_hot_ce", "SD": "self_distillation", "IE": "entropy"}
+SD = "self_distillation"
+PAPER_CRITERIA = {"dense": DENSE, "CE": "one_hot_ce", "SD": SD, "IE": "entropy"}
 
 
 PAPER_COLUMNS = {
@@ -114,6 +115,13 @@ def _beside_paper(name: str, title: str, paper: pd.DataFrame, criterion: Table, 
         f"Columns marked paper are published single-run values of {PAPER_MODEL} on the paper's own protocol; they "
         "enter no mean and no interval. Columns marked measured are this study's.",
     ]
+    if SD in set(paper["criterion"]) and SD in set(measured["criterion"]):
+        own = [criterion.legend.label(name) for name in criterion.legend.variants(SD, measured["criterion"])]
+        notes.append(
+            f"Beside the paper's SD stands {criterion.legend.label(SD)}, activation-wise as HFPrune's own criterion; the paper "
+            "does not say whether it took that or SDMPrune's, which is weight-wise"
+            + (f": {', '.join(own)}, a row of its own." if own else " and not in this study.")
+        )
     if paper["inconsistent"].any():
         notes.append(f"{INCONSISTENT} The paper contradicts this value elsewhere: see the remark and published_defects.")
     if measured.empty:

@@ -147,6 +147,11 @@ class Legend:
             told += [f"{variant.member.label}: {', '.join(words)}."] if words else []
         return told
 
+    def variants(self, criterion: str, names: Iterable[str]) -> list[str]:
+        """Return those of `names` that are `criterion` with settings of their own, in order."""
+        found = [name for name in self.in_order(names) if name != DENSE]
+        return [name for name in found if self._criterion(name).member.name == criterion and self._criterion(name).changed]
+
     def compared(self, names: Iterable[str]) -> list[str]:
         """Return those of `names` that are held against each other, in order: all but the dense model and the baselines."""
         return [name for name in self.in_order(names) if name != DENSE and not self._criterion(name).member.baseline]
