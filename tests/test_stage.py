@@ -280,6 +280,19 @@ def test_kernel_is_not_touched_by_what_the_user_has_for_other_work(tmp_path, mon
     assert "image/png" in (home / "out.ipynb").read_text() and toys.outputs(home / "out.ipynb").endswith("10.0\n")
 
 
+def test_a_matplotlibrc_beside_the_notebooks_counts_in_no_study(project, tmp_path, monkeypatch):
+    import matplotlib
+
+    (tmp_path / "matplotlibrc").touch()
+    monkeypatch.chdir(tmp_path)
+    with matplotlib.rc_context({"font.size": 30}):
+        start_all("calibration")
+        assert matplotlib.rcParams["font.size"] == 30, "in JupyterLab the user's settings are the user's"
+        monkeypatch.setenv(stage.PROGRESS_FILE, str(tmp_path / "progress.json"))
+        start_all("calibration")
+        assert matplotlib.rcParams["font.size"] == 10
+
+
 def test_papermills_own_command_line_cannot_misspell_either(project, monkeypatch):
     sources = ["n_windows: int = 4", "# Parameters\nn_window = 8\n", "run = stage.start(...)"]
     shell = SimpleNamespace(user_ns={"In": sources})
