@@ -371,3 +371,10 @@ def test_a_hub_data_set_without_a_train_split_never_calibrates_on_its_test_split
     assert not texts[0] & texts[1] and texts[0] | texts[1] == {f"train_sft {n}" for n in range(200)}
     with pytest.raises(UserError, match="has no split 'dev'"):
         windows(tokenizer, "owner/name::dev")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "plain"), [("c4", True), ("a/b.TXT.gz", True), ("a/b.jsonl", False), ("owner/name:chat", False)]
+)
+def test_plain_text_has_no_conversations(corpus, plain):
+    assert calibration.is_plain(corpus) == plain

@@ -15,6 +15,7 @@ import toys
 import hfprune_nb.inputs
 from hfprune_nb.cli.main import main
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
 from hfprune_nb.runs import grid, scheduler, status
 
 
@@ -209,6 +210,16 @@ def test_one_artifact_can_be_computed_again(project, capsys):
     assert not list(folder.glob(f"*{wanted.name}*")) and other.exists()
     assert main(["study", "clean", "toy", f"scoring/{wanted.name}", "--yes"]) == 2
     assert f"no artifact scoring/{wanted.name}: `hfprune study graph toy` lists them" in capsys.readouterr().err
+
+
+def test_cost_of_a_hub_model_is_that_of_the_revision_asked_for(monkeypatch, capsys):
+    def load(name, *_):
+        raise UserError(f"{name} at {hub.pins()[name]}")
+
+    monkeypatch.setenv(hub.REVISIONS, "{}")
+    monkeypatch.setattr("hfprune_nb.models.load", load)
+    assert main(["cost", "--model", "owner/name", "--revision", "v1", "--device", "cpu"]) == 2
+    assert "owner/name at v1" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_early_is_no_error(project):

@@ -25,6 +25,7 @@ def add_cost(groups) -> None:
     subject = cost.add_mutually_exclusive_group(required=True)
     subject.add_argument("--model", metavar="NAME", help="alias, hub id or local folder")
     subject.add_argument("--shape", metavar="NAME", help="random weights of this architecture, such as llama-2-7b")
+    cost.add_argument("--revision", default="main", metavar="COMMIT", help="branch, tag or commit of a hub model (default: main)")
     cost.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     cost.add_argument("--dtype", default="bfloat16", help="of weights and activations (default: bfloat16)")
     sizes = {
@@ -77,11 +78,13 @@ def _cost(options) -> int:
 def _measured(options) -> dict:
     from hfprune_nb import models
     from hfprune_nb.cost import shapes, timing
+    from hfprune_nb.inputs import hub
 
     device, dtype = models.resolve_device(options.device), models.resolve_dtype(options.dtype)
     if options.shape:
         model = shapes.random_model(options.shape, dtype, device)
     else:
+        hub.pin({hub.repository(options.model): options.revision})
         model, _ = models.load(options.model, options.dtype, device)
     found = {"model": options.shape or options.model, "machine": timing.machine(device)}
     found["settings"] = {name: value for name, value in vars(options).items() if name != "command"}
