@@ -1,5 +1,6 @@
 """Single criteria against slow, obvious float64 computations of their formulas, and the identities between them."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -11,9 +12,10 @@ from test_kinds import activations, exact_kl_fisher, label_gradient
 from hfprune_nb import criteria, models
 from hfprune_nb.criteria.policy_gradient import PolicyGradient
 from hfprune_nb.errors import UserError
-from hfprune_nb.method import scoring
-from hfprune_nb.method.scoring import engine
+from hfprune_nb.method import iterated, pruning, scoring, selection
 from hfprune_nb.models.hooks import replaced, silenced
+from hfprune_nb.runs import forecast
+from hfprune_nb.runs.stages import STAGES
 
 QUIET = {"progress": False}
 
@@ -330,6 +332,66 @@ def test_a_search_begins_at_wanda_and_asks_for_the_loss_of_masks(tiny, token_win
 
 def test_what_the_student_has_lost_ranks_below_negative_scores():
     first = [torch.tensor([3.0, 0.0, 1.0]), torch.tensor([2.0, 5.0])]
-    found = engine._rank_last([torch.tensor([-7.0, 0.0, 2.0]), torch.tensor([0.0, 4.0])], [[0, 2], [1]], first)
+    found = selection.rank_last([torch.tensor([-7.0, 0.0, 2.0]), torch.tensor([0.0, 4.0])], [[0, 2], [1]], first)
     assert found[0].tolist()[::2] == [-7, 2] and found[1][1] == 4
     assert found[0][1] < -7 and found[0][1] < found[1][0] < -7
+
+
+# Rounds
+
+
+def plans(model, allocation="uniform"):
+    def plan(rows, share):
+        return selection.allocate(model, neuron_ratio=share * 0.3, importance=rows, allocation=allocation)
+
+    return plan
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("criterion", ["kl_fisher", "self_distillation", "magnitude"])
+def test_rounds_score_what_is_left_before_the_next_part_goes(criterion, allocation, tiny, token_windows):
+    model, windows, plan = tiny("llama", "float64"), token_windows[:3], None
+    first, plan = importance(model, windows, criterion)[criterion], plans(model, allocation)
+    before = [tensor.clone() for tensor in model.parameters()]
+
+    again = {"plan": plan, "windows": windows, "criterion": criterion, **QUIET}
+    assert all(one is other for one, other in zip(iterated.in_rounds(model, first, 1, **again), first, strict=True))
+    rows, gone = first, [set() for _ in range(3)]
+    for share in (1 / 3, 2 / 3):
+        kept = selection.kept_neurons(rows, plan(rows, share).width_after)
+        alive = [sorted(set(range(40)) - lost) for lost in gone]
+        assert all(set(own.tolist()) <= set(others) for own, others in zip(kept, alive, strict=True)), "a neuron came back"
+        gone = [set(range(40)) - set(own.tolist()) for own in kept]
+        fresh = importance(pruning.narrow(copy.deepcopy(model), kept), windows, criterion)[criterion]
+        rows = [
+            torch.full((40,), -1e9, dtype=torch.float64).index_copy(0, own, new) for own, new in zip(kept, fresh, strict=True)
+        ]
+        rows = [row + torch.arange(40) * 1e-3 * (row < -1e8) for row in rows]
+    found = iterated.in_rounds(model, first, 3, **again)
+    final = plan(found, 1).width_after
+    assert sum(final) == sum(plan(first, 1).width_after)
+    for own, other in zip(selection.kept_neurons(found, final), selection.kept_neurons(rows, final), strict=True):
+        assert torch.equal(own, other)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+    if criterion == "magnitude":
+        once = selection.kept_neurons(first, plan(first, 1).width_after)
+        assert all(torch.equal(one, other) for one, other in zip(once, selection.kept_neurons(found, final), strict=True))
+    with pytest.raises(UserError, match="rounds 0 is too small"):
+        iterated.in_rounds(model, first, 0, **again)
+
+
+def test_each_further_round_costs_what_scoring_the_criterion_costs():
+    known, stages = forecast.rates(), {"calibration/c": {"n_windows": 4, "seq_len": 8}}
+    stages["scoring/s"] = {"model": "smollm2-135m", "calibration": "calibration/c", "criteria": ["entropy", "kl_fisher", "wanda"]}
+    asked = {"model": "smollm2-135m", "scores": "scoring/s", "criterion": "kl_fisher"}
+    once, four = (STAGES["pruning"].work(asked | {"rounds": rounds}, known, stages.get) for rounds in (1, 4))
+    amount, tokens = STAGES["scoring"].work(stages["scoring/s"] | {"criteria": ["kl_fisher"]}, known, stages.get)
+    rates = known["devices"]["cpu"]["seconds_per_unit"]
+    assert (four[0] - once[0]) * rates["pruning"] == pytest.approx(3 * amount * rates["scoring"])
+    assert (once[1], four[1]) == (0, 3 * tokens) and once == STAGES["pruning"].work(asked, known, stages.get)
+
+
+@pytest.mark.parametrize("values", [{"rounds": 0}, {"rounds": 2, "attention_split": "proportional"}])
+def test_rounds_that_make_no_sense_are_refused_before_anything_runs(values):
+    with pytest.raises(UserError, match="rounds .* must be 1, or above with attention_split none"):
+        STAGES["pruning"].check({"allocation": "uniform", "ratio": 0.2, "neuron_ratio": 0.0, "levels": 0} | values)

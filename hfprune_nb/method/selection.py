@@ -95,6 +95,19 @@ def kept_neurons(importance, width_after: list[int]) -> list[torch.Tensor]:
     return [order[len(order) - width :].sort().values for order, width in zip(orders, width_after, strict=True)]
 
 
+def rank_last(importance, kept, before) -> list[torch.Tensor]:
+    """Return importance in which all neurons outside `kept` stand below every one in it, in the order of `before`.
+
+    importance, before : (neurons,) for each layer; kept : indices for each layer.
+    """
+    highest = max(row.max() for row in before if len(row))
+    lowest = min(0, *(row[indices].min() for row, indices in zip(importance, kept, strict=True) if len(indices)))
+    rows = [row - highest - 1 + lowest for row in before]
+    for row, own, indices in zip(rows, importance, kept, strict=True):
+        row[indices] = own[indices]
+    return rows
+
+
 def check_importance(importance, criterion: str = "importance") -> list[torch.Tensor]:
     """Return importance as a tensor (neurons,) for each layer; raise UserError where it is not finite or ranks nothing."""
     rows = [torch.as_tensor(row) for row in importance]

@@ -29,7 +29,7 @@ from hfprune_nb.method.scoring import accumulator
 from hfprune_nb.method.scoring.backward import ATTENTION, Reader
 from hfprune_nb.method.scoring.scores import Scores
 from hfprune_nb.method.scoring.search import search
-from hfprune_nb.method.selection import allocate, check_importance, kept_neurons
+from hfprune_nb.method.selection import allocate, check_importance, kept_neurons, rank_last
 from hfprune_nb.models import (
     check_context,
     check_groups,
@@ -150,7 +150,7 @@ def score(
 
         def closed(name, criterion, index, n):
             rows = _closed(name, criterion, found, index, n, windows, mlps)
-            return _rank_last(rows, *ranked_last[name]) if name in ranked_last else rows
+            return rank_last(rows, *ranked_last[name]) if name in ranked_last else rows
 
         counts, snapshots, notes = accumulator.snapshot_counts(len(windows)) if reading else [], {}, {}
         for index, n in enumerate(counts):
@@ -398,13 +398,3 @@ def _closed_groups(name, criterion, found, groups, tokens):
 def _from_weights(mlps, criterion, seed):
     generator = torch.Generator().manual_seed(seed)
     return [criterion.importance(mlp.input_weights, mlp.down.weight, generator).cpu() for mlp in mlps]
-
-
-def _rank_last(importance, kept, first_stage):
-    """Give neurons outside `kept` negative scores in the order of `first_stage`, below every neuron that was kept."""
-    highest = max(row.max() for row in first_stage if len(row))
-    lowest = min(0, *(row[indices].min() for row, indices in zip(importance, kept, strict=True) if len(indices)))
-    rows = [first - highest - 1 + lowest for first in first_stage]
-    for row, own, indices in zip(rows, importance, kept, strict=True):
-        row[indices] = own[indices]
-    return rows

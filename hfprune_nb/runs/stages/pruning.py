@@ -3,6 +3,7 @@
 from hfprune_nb import allocations, criteria
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs.stages.base import Input, Stage, size, source
+from hfprune_nb.runs.stages.scoring import Scoring
 
 
 class Pruning(Stage):
@@ -36,6 +37,9 @@ class Pruning(Stage):
             raise UserError("give either ratio (of all parameters) or neuron_ratio (of the MLP neurons), and 0 for the other")
         if values.get("attention_split", "none") != "none" and values["neuron_ratio"]:
             raise UserError("attention_split shares out a ratio of all parameters: give ratio in place of neuron_ratio")
+        rounds = values.get("rounds", 1)
+        if rounds < 1 or (rounds > 1 and values.get("attention_split", "none") != "none"):
+            raise UserError(f"rounds {rounds} must be 1, or above with attention_split none: only neurons go in parts")
 
     def plan(self, grid):
         seeds = grid.study.axes["calibration"].get("seed", [])
@@ -55,7 +59,19 @@ class Pruning(Stage):
         return {variant.name: source(variant.member)}
 
     def work(self, parameters, known, ancestor):
-        return size(parameters, known), 0
+        amount, tokens = self._rescoring(parameters, known, ancestor)
+        rates = known["devices"]["cpu"]["seconds_per_unit"]
+        # The unit of this stage is a parameter; scoring takes parameter-tokens.
+        return size(parameters, known) + amount * rates["scoring"] / rates["pruning"], tokens
+
+    def _rescoring(self, parameters, known, ancestor):
+        """Return the work and the tokens of all rounds but the first, which was scored before."""
+        if parameters.get("rounds", 1) == 1:
+            return 0, 0
+        scored, again = ancestor(parameters["scores"]), parameters["rounds"] - 1
+        specs = [variant.spec for variant in criteria.variants(scored["criteria"]) if variant.name == parameters["criterion"]]
+        amount, tokens = Scoring().work(scored | {"criteria": specs}, known, ancestor)
+        return again * amount, again * tokens
 
     def disk(self, parameters, size, known):
         return checkpoint(parameters, size)
