@@ -13,6 +13,7 @@ import pytest
 import yaml
 from faults import COMMAND, Runner, kill_and_resume
 from safetensors.numpy import load_file
+from toys import pictures
 
 import hfprune_nb
 from hfprune_nb import models
@@ -138,6 +139,16 @@ def test_the_pruned_models_have_the_requested_size(smoke):
         kept = load_file(artifact.path("kept.safetensors"))
         assert [len(kept[f"layers.{layer}"]) for layer in range(3)] == facts["widths"]
         assert facts["loads_with"] == "plain" and facts["allocation"] == facts["allocation_spec"] == "uniform"
+
+
+def test_a_cold_kernel_gives_the_bytes_of_a_warm_one(smoke, tmp_path, monkeypatch):
+    for name, value in (smoke.environment | {"HFPRUNE_RESULTS": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    made = smoke.artifacts("scoring")[0]
+    shutil.copytree(smoke.folder / "calibration", tmp_path / "smoke" / "calibration")
+    cold = stage.execute("scoring", "smoke", made.parameters)
+    assert cold.folder != made.folder and cold.reference == made.reference and cold.digest == made.digest
+    assert pictures(cold.path("notebook.ipynb")) == pictures(made.path("notebook.ipynb")) != []
 
 
 def test_layers_of_different_width_go_through_the_notebooks(smoke, tmp_path, monkeypatch):

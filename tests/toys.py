@@ -117,6 +117,8 @@ def write_study(project: Path, name: str = "toy", /, **changes) -> Path:
         "evaluation": {"tasks": ["choice", "other"]},
         "run": {"workers": 2, "offline": True},
     } | changes
+    # These notebooks load no library that a warm kernel would have.
+    content["run"] = {"warm": False} | content["run"]
     path = project / "notebooks" / "studies" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
@@ -128,3 +130,9 @@ def outputs(notebook: Path) -> str:
     cells = json.loads(notebook.read_text())["cells"]
     parts = [output for cell in cells for output in cell.get("outputs", ())]
     return "\n".join("".join(part.get("text", part.get("traceback", ()))) for part in parts)
+
+
+def pictures(notebook: Path) -> list[str]:
+    """Return the pictures of an executed notebook."""
+    outputs = [output for cell in json.loads(notebook.read_text())["cells"] for output in cell.get("outputs", ())]
+    return [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", ())]

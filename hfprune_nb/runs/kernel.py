@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -9,6 +10,9 @@ import threading
 from pathlib import Path
 
 from hfprune_nb import paths
+
+# Whether kernels of this process are forked from one that has the libraries: see `hfprune_nb.runs.warm`.
+warm_starts = False
 
 
 def run(
@@ -26,12 +30,15 @@ def run(
     import papermill
     from traitlets.config import Config
 
+    from hfprune_nb.runs import warm
+
     with tempfile.TemporaryDirectory(prefix="hf") as private, _watchdog(timeout_seconds) as timed_out:
         config = Config()
         if os.name == "posix":
             # TCP kernels are unencrypted and race for ports. A socket's path holds about 100 characters: keep it short.
             config.ConnectionFileMixin.transport = "ipc"
             config.ConnectionFileMixin.connection_file = f"{private}/k.json"
+        forked = {"kernel_manager_class": warm.Manager} if warm_starts and warm.is_possible() else {}
         with _environment(_isolation(Path(private)) | (environment or {})):
             try:
                 papermill.execute_notebook(
@@ -43,6 +50,7 @@ def run(
                     progress_bar=False,
                     config=config,
                     shutdown_kernel="immediate",
+                    **forked,
                 )
             except Exception as error:
                 if timed_out.is_set():
@@ -61,6 +69,17 @@ def kill_children(process: int | None = None) -> None:
                 child.kill()
 
 
+def end_with_parent() -> None:
+    """End this process, one of multiprocessing's, and what it started as soon as its parent is gone, even by SIGKILL."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        kill_children()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _literal(path: Path) -> str:
     """Return a path in which papermill, which formats it with the parameters, finds nothing to put in."""
     return str(path).replace("{", "{{").replace("}", "}}")
@@ -73,7 +92,7 @@ def _isolation(private: Path) -> dict[str, str]:
     """
     specification = private / "kernels" / "python3" / "kernel.json"
     specification.parent.mkdir(parents=True)
-    command = [sys.executable, "-P", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     command += ["--InteractiveShellApp.ignore_cwd=True", "--InteractiveShellApp.exec_PYTHONSTARTUP=False"]
     specification.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
     (private / "matplotlibrc").touch()
@@ -86,6 +105,7 @@ def _isolation(private: Path) -> dict[str, str]:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "PYTHONHASHSEED": "0",
+        "PYTHONSAFEPATH": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
         "HFPRUNE_HOME": str(paths.project()),
         "HFPRUNE_RESULTS": str(paths.results()),

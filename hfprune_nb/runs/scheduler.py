@@ -25,7 +25,7 @@ from hfprune_nb.runs.locks import POLL_SECONDS, Lock
 from hfprune_nb.runs.stages import STAGES
 from hfprune_nb.runs.status import Outcome, Summary, is_finished, status
 from hfprune_nb.runs.study import Study
-from hfprune_nb.runs.worker import arguments, leave_interrupts_to_parent, work
+from hfprune_nb.runs.worker import arguments, become_worker, work
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class _Scheduler:
     def _start(self, job: Job, wanted: Job) -> None:
         # Spawned, not forked: the front-door notebook that calls this has threads.
         self.pool = self.pool or ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), initializer=leave_interrupts_to_parent
+            self.workers, multiprocessing.get_context("spawn"), become_worker, (self.study.run["warm"],)
         )
         self.journal.tell(event="start", job=wanted.reference, point=wanted.label)
         future = self.pool.submit(work, *arguments(self.study, wanted), self.gpus)

@@ -16,7 +16,7 @@ from hfprune_nb.errors import UserError
 from hfprune_nb.runs import grid, parameters, recipes, stage
 from hfprune_nb.runs.stages import STAGES
 
-SETTINGS = {"workers": 2, "threads": 1, "timeout_minutes": 60.0, "offline": False}
+SETTINGS = {"workers": 2, "threads": 1, "timeout_minutes": 60.0, "offline": False, "warm": True}
 # Key of a study file -> the stage and its parameter that takes each of the values in turn.
 AXES = {key: (name, parameter) for name, each in STAGES.items() for key, parameter in each.axes.items()}
 # Keys that set a parameter of this name in every stage that has one, unless its section does.

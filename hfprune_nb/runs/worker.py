@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs import stage
+from hfprune_nb.runs import kernel, stage
 from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.forecast import gpus_wanted
 from hfprune_nb.runs.grid import Job
@@ -23,9 +23,11 @@ def _threads(number: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(number), "MKL_NUM_THREADS": str(number), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def leave_interrupts_to_parent() -> None:
-    """Ignore Ctrl-C in a worker: the scheduler that gets it too ends the kernels."""
+def become_worker(warm: bool) -> None:
+    """Prepare this process for `work`: it ends with the scheduler, to which it leaves Ctrl-C; its kernels start `warm` or not."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kernel.end_with_parent()
+    kernel.warm_starts = warm
 
 
 def arguments(study: Study, job: Job) -> tuple:
