@@ -11,11 +11,13 @@ import hfprune_nb
 from hfprune_nb import allocations, criteria, models
 from hfprune_nb.errors import UserError
 from hfprune_nb.method import export, pruning, scoring, selection
+from hfprune_nb.method.measurement import Measurement
 from hfprune_nb.method.scoring import distributed
 from hfprune_nb.models.hooks import silenced
 
 RATIO = 0.3
 ALLOCATIONS = [*allocations.names(), {"global": {"floor": 0.5}, "as": "global_50"}]
+WINDOWS = 4  # that a measured allocation reads by default
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
@@ -41,16 +43,25 @@ def comparable(name):
     return variant.between_layers
 
 
-def plans(model, scores):
-    """Yield every allocation that goes with every criterion: (criterion, its spec, widths' allocation, kept)."""
+def plans(model, scores, windows):
+    """Yield every allocation that goes with every criterion: (criterion, allocation's name, allocation, kept)."""
     for name, rows in scores.items():
+        measure = Measurement(model, windows, progress=False)
         for spec in ALLOCATIONS:
             (variant,) = allocations.variants(spec)
             if variant.member.needs_comparable and not comparable(name):
                 with pytest.raises(UserError, match=f"scores of criterion '{name}' are not comparable"):
                     selection.allocate(model, neuron_ratio=RATIO, allocation=spec, importance=rows, criterion=name)
                 continue
-            plan = selection.allocate(model, neuron_ratio=RATIO, allocation=spec, importance=rows, criterion=name)
+            plan = selection.allocate(
+                model,
+                neuron_ratio=RATIO,
+                allocation=spec,
+                importance=rows,
+                criterion=name,
+                scores=selection.read_scores(spec, list(scores), scores.__getitem__),
+                measure=measure,
+            )
             yield name, variant.name, plan, selection.kept_neurons(rows, plan.width_after)
 
 
@@ -58,7 +69,7 @@ def plans(model, scores):
 def test_silenced_cut_written_and_read_are_one_model(architecture, tiny, token_windows, tmp_path):
     dense = tiny(architecture, "float64", intermediate_size=41)  # of which the ratio is no whole number
     seen = set()
-    for name, allocation, plan, kept in plans(dense, importance(dense, token_windows[:3])):
+    for name, allocation, plan, kept in plans(dense, importance(dense, token_windows[:3]), token_windows[:WINDOWS]):
         total = sum(plan.width_before)
         if allocation == "uniform":
             assert len(set(plan.width_after)) == 1 and abs(plan.missed_neurons) <= 0.5 * len(plan.width_after)

@@ -13,7 +13,7 @@ import synthetic
 from scipy import stats
 
 from hfprune_nb.errors import UserError
-from hfprune_nb.report import convergence, distribution, gradient, ground_truth, neurons
+from hfprune_nb.report import convergence, distribution, gradient, ground_truth, neurons, widths
 from hfprune_nb.report.results import collect, kept, legend
 from hfprune_nb.report.results import experiment as read_experiment
 from hfprune_nb.report.style import Legend
@@ -280,6 +280,25 @@ def artifact(study, stage_name, key, make):
     make(writer.partial)
     card = {"versions": {"torch": "2"}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None}, "facts": {}}
     writer.finish({}, {}, card)
+
+
+def test_widths_of_every_allocation_are_tabled_and_drawn(tmp_path):
+    uniform = [synthetic.pruning(tmp_path / name, name, 0.25, 0) for name in ("entropy", "magnitude")]
+    ragged = synthetic.pruning(tmp_path / "ragged", "entropy", 0.25, 1)
+    facts = json.loads((ragged / "pruning.json").read_text())
+    facts |= {"allocation": "cut", "allocation_spec": {"depth": {}, "as": "cut"}, "widths": [0, *[80] * 11]}
+    facts |= {"importance_lost": [0.3, *[0.1] * 11], "importance_lost_exact": [0.1] * 12, "found": {"joint_kl": 0.25}}
+    (ragged / "pruning.json").write_text(json.dumps(facts))
+    folders = [*uniform, ragged]
+    frame, names = widths.widths(folders), legend(folders)
+    assert frame.groupby("allocation")["kept"].min().to_dict() == {"uniform": frame["width"].iloc[0] / 96, "cut": 0}
+    table = widths.widths_table(folders, names)
+    assert table.long["n_models"].tolist() == [2, 1] and table.long["levels"].tolist() == [1, 2]
+    assert table.long["rounding"].iloc[1] == pytest.approx(0.2 / 12) and table.long["predicted_kl"].isna().all()
+    assert table.display["Allocation"].tolist() == ["Uniform", "Depth"] and "0.25" in table.markdown()
+    figure = widths.widths_figure(frame, MODEL, names)
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["Uniform", "Depth"]
+    assert widths.widths_table([], names).display.empty and widths.widths_figure(frame, "other", names).axes
 
 
 def test_the_notebook_answers_every_question(tmp_path, monkeypatch):

@@ -304,6 +304,14 @@ def test_allocations_are_an_axis_and_suit_their_criteria(project):
     toys.write_study(project, "wide", criteria=["entropy", "magnitude"], allocations=["global"])
     with pytest.raises(UserError, match="criterion 'magnitude' are not comparable between layers"):
         study.load("wide")
+    toys.write_study(project, "wide", allocations=["dlp", "uniform"], seeds=[0])
+    (scoring,) = jobs(study.load("wide"), "scoring")
+    assert scoring.parameters["criteria"] == ["entropy", "magnitude", "wanda"], "what an allocation reads is scored beside"
+    norms = {"wanda": {}, "as": "norms"}
+    toys.write_study(project, "wide", criteria=[norms, "magnitude"], pruning={"allocation": "owl"})
+    loaded = study.load("wide")
+    assert jobs(loaded, "scoring")[0].parameters["criteria"] == [{"wanda": {}, "as": "norms"}, "magnitude"]
+    assert len(jobs(loaded, "pruning")) == 4, "one for each seed, as the allocation reads text where the criterion does not"
     toys.write_study(project, "wide", allocations=["globel"])
     with pytest.raises(UserError, match="did you mean 'global'"):
         study.load("wide")

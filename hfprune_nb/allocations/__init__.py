@@ -5,13 +5,33 @@ or `{global: {floor: 0.1}, as: global_10}`.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 
-from hfprune_nb.allocations.base import Allocation, AllocationRule, Budget, Units
+from hfprune_nb.allocations.base import Allocation, AllocationRule, Budget, MeasuredRule, SpreadRule, Units, lowest
 from hfprune_nb.errors import UserError
 from hfprune_nb.families import Family, Variant
 
-__all__ = ["Allocation", "AllocationRule", "Budget", "Units", "allocate", "check", "create", "names", "variants"]
+__all__ = [
+    "Allocation",
+    "AllocationRule",
+    "Budget",
+    "MeasuredRule",
+    "SpreadRule",
+    "Units",
+    "allocate",
+    "check",
+    "create",
+    "lowest",
+    "names",
+    "variants",
+]
+
+_NEEDS = {
+    "scores": "scores of {reads}: score the model with it too",
+    "down": "the weights of down_proj: allocate for a model",
+    "measure": "calibration windows to measure on: give a Measurement",
+}
 
 _FAMILY = Family(__name__, AllocationRule, "allocations")
 
@@ -49,6 +69,10 @@ def allocate(
     allocation: str | dict | Variant = "uniform",
     importance: list | None = None,
     elsewhere: int = 0,
+    levels: int = 0,
+    scores: dict | None = None,
+    down: list | None = None,
+    measure=None,
 ) -> Allocation:
     """Spend a pruning ratio on the layers.
 
@@ -59,10 +83,12 @@ def allocate(
     multiple_of : kept widths are multiples, at least one, for widths that matrix kernels like.
     allocation : the spec of one; importance : a tensor (neurons,) for each layer where it needs one, higher = keep.
     elsewhere : parameters that are removed with other units, and count as part of the ratio.
+    levels : how many different widths there may be, of layers that keep anything; 0: any number.
+    scores, down, measure : what else it needs, as in `AllocationRule`.
 
-    Without `multiple_of` the achieved ratio is exact to the neuron, and within half a neuron per layer where all layers shall be
-    equally wide. Raises UserError when the ratio is outside (0, 1), cannot be reached with MLP neurons alone, or rounds to
-    nothing removed, and for an unknown allocation or one that lacks its importance.
+    Without `multiple_of` and `levels` the achieved ratio is exact to the neuron, and within half a neuron per layer where all
+    layers shall be equally wide. Raises UserError when the ratio is outside (0, 1), cannot be reached with MLP neurons alone, or
+    rounds to nothing removed, and for an unknown allocation or one that lacks what it needs.
     """
     (variant,) = variants(allocation)
     if bool(ratio) == bool(neuron_ratio):
@@ -79,11 +105,30 @@ def allocate(
         raise UserError(f"multiple_of {multiple_of} is outside 1 to {narrowest}, the model's smallest MLP width.")
     if variant.member.needs_importance and importance is None:
         raise UserError(f"allocation '{variant.name}' needs importance: score the model first.")
+    if levels < 0:
+        raise UserError(f"levels {levels} is negative: it is the number of different widths, or 0 for any.")
+    needed = {name: {"scores": scores, "down": down, "measure": measure}[name] for name in variant.member.needs}
+    for name, given in needed.items():
+        if given is None:
+            words = _NEEDS[name].format(reads=" and ".join(variant.member.reads))
+            raise UserError(f"allocation '{variant.name}' needs {words}.")
     removed = requested * sum(before) if neuron_ratio else (requested * dense_parameters - elsewhere) / units[0].parameters
-    budget = Budget(sum(before) - removed, multiple_of, f"{name} {value}", dense_parameters)
-    after = variant.create().plan(units, importance, budget)
+    budget = Budget(sum(before) - removed, multiple_of, f"{name} {value}", dense_parameters, levels)
+    rule = variant.create()
+    exact = rule.plan(units, importance, replace(budget, multiple_of=1, levels=0), **needed)
+    after = rule.plan(units, importance, budget, **needed) if multiple_of > 1 or levels else exact
     if sum(after) >= sum(before) and not elsewhere:
         raise UserError(f"{name} {value} with multiple_of {multiple_of} removes no neuron: raise {name} or lower multiple_of.")
     return Allocation(
-        variant.name, variant.spec, requested, bool(neuron_ratio), before, after, units[0].parameters, dense_parameters, elsewhere
+        variant.name,
+        variant.spec,
+        requested,
+        bool(neuron_ratio),
+        before,
+        after,
+        exact,
+        units[0].parameters,
+        dense_parameters,
+        elsewhere,
+        rule.found,
     )

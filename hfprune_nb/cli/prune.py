@@ -75,6 +75,7 @@ def add_prune(groups) -> None:
     for name, what in (("criterion", "name or {name: {setting: value}}"), ("allocation", "the same"), ("compensation", "name")):
         prune.add_argument(f"--{name}", type=_spec, metavar="SPEC", help=f"in place of the recipe's: {what}")
     prune.add_argument("--multiple-of", type=positive, default=1, metavar="N", help="kept widths are multiples of N")
+    prune.add_argument("--levels", type=positive, default=0, metavar="N", help="at most N different widths (default: any)")
     prune.add_argument("--padded", action="store_true", help="pad layers of different widths, for plain from_pretrained")
     prune.add_argument("--corpus", default="c4-sample", help="calibration text (default: c4-sample)")
     prune.add_argument("--windows", type=positive, default=64, metavar="N", help="calibration windows (default: 64)")
@@ -136,10 +137,10 @@ def _make(options, recipe, folder: Path) -> dict:
     """Write the pruned model into `folder`, read it back, and return what the card says of it."""
     import copy
 
-    from hfprune_nb import models
+    from hfprune_nb import criteria, models
     from hfprune_nb.inputs import calibration
     from hfprune_nb.measure import evaluation
-    from hfprune_nb.method import export, pruning, scoring, selection
+    from hfprune_nb.method import export, measurement, pruning, scoring, selection
     from hfprune_nb.method.compensation import compensate
 
     def measured(network, reference=None):
@@ -164,11 +165,21 @@ def _make(options, recipe, folder: Path) -> dict:
         calibration.check_overlap(text, windows)
     dense_head = copy.deepcopy(models.head(network))
     dense = measured(network)
-    spec = recipe.criterion.spec
-    scores = scoring.score(network, text.ids, [spec], seed=options.seed, checkpoint=folder / "scratch" / "scores")
+    spec, allocation = recipe.criterion.spec, recipe.allocation.spec
+    scored = [spec, *(each for each in recipe.allocation.member.reads if criteria.named(spec, each) is None)]
+    scores = scoring.score(network, text.ids, scored, seed=options.seed, checkpoint=folder / "scratch" / "scores")
     importance = scores.importance[recipe.criterion.name]
     plan = selection.allocate(
-        network, options.ratio, options.neuron_ratio, options.multiple_of, recipe.allocation.spec, importance, spec
+        network,
+        options.ratio,
+        options.neuron_ratio,
+        options.multiple_of,
+        allocation,
+        importance,
+        spec,
+        levels=options.levels,
+        scores=selection.read_scores(allocation, scored, scores.importance.__getitem__),
+        measure=measurement.Measurement(network, text.ids),
     )
     kept = selection.kept_neurons(importance, plan.width_after)
     repaired, _ = compensate(recipe.compensation, network, text.ids, kept)

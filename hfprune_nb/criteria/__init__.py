@@ -35,6 +35,7 @@ __all__ = [
     "check_groups",
     "check_split",
     "create",
+    "named",
     "names",
     "variants",
 ]
@@ -97,3 +98,10 @@ def check_split(split: str, variant: Variant) -> None:
             f"attention_split 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are not "
             "comparable between layers: choose proportional, or a criterion in units of the model's output."
         )
+
+
+def named(specs: str | dict | Variant | Iterable, spec: str | dict) -> str | None:
+    """Return the name under which `specs` have the criterion `spec` with its settings, None where they lack it."""
+    (wanted,) = variants(spec)
+    same = (variant.name for variant in variants(specs) if (variant.member, variant.settings) == (wanted.member, wanted.settings))
+    return next(same, None)

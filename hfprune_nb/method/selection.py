@@ -1,5 +1,6 @@
 """Which neurons and attention groups stay: from importance and a budget to the indices that each layer keeps."""
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -21,22 +22,45 @@ def allocate(
     importance=None,
     criterion: str | dict | None = None,
     groups: list | None = None,
+    levels: int = 0,
+    scores: dict | None = None,
+    measure=None,
 ) -> Allocation:
     """Return the `Allocation` for `model`; arguments and errors as in `allocations.allocate`.
 
     importance : (neurons,) for each layer, checked as `kept_neurons` does. criterion : the spec of the one that it comes from;
     raises UserError when the allocation compares layers and its scores cannot be compared. groups : the attention groups that
-    each layer keeps, as `kept_groups` gives them: the neurons then make up the rest of the ratio.
+    each layer keeps, as `kept_groups` gives them: the neurons then make up the rest of the ratio. scores : as `read_scores` gives
+    them; measure : a `Measurement` of the model. Of a measured allocation `found` holds also `joint_kl`, in nats, what the losses
+    of all MLPs do together, and `joint_kl_exact`, the same before `multiple_of` and `levels`.
     """
     (variant,) = allocations.variants(allocation)
     if criterion is not None:
         allocations.check(variant, criteria.variants(criterion)[0])
     if importance is not None:
         importance = check_importance(importance)
-    units = [Units(mlp.width, mlp.parameters_per_neuron) for mlp in gated_mlps(model)]
+    mlps = gated_mlps(model)
     gone = zip(attention_groups(model), groups, strict=True) if groups is not None else ()
     elsewhere = sum((unit.width - len(kept)) * unit.parameters_per_group for unit, kept in gone)
-    return allocations.allocate(units, count_parameters(model), ratio, neuron_ratio, multiple_of, variant, importance, elsewhere)
+    plan = allocations.allocate(
+        [Units(mlp.width, mlp.parameters_per_neuron) for mlp in mlps],
+        count_parameters(model),
+        ratio,
+        neuron_ratio,
+        multiple_of,
+        variant,
+        importance,
+        elsewhere,
+        levels,
+        scores,
+        [mlp.down.weight for mlp in mlps],
+        measure,
+    )
+    if "measure" in variant.member.needs:
+        for name, widths in {"joint_kl": plan.width_after, "joint_kl_exact": plan.width_exact}.items():
+            removed = [allocations.lowest(row, len(row) - width) for row, width in zip(importance, widths, strict=True)]
+            (plan.found[name],) = measure.divergence([dict(enumerate(removed))], variant.settings["windows"])
+    return plan
 
 
 def kept_groups(
@@ -82,6 +106,32 @@ def _lowest_groups(mlps, importance, of_groups, size, budget) -> int:
     order = torch.argsort(torch.cat([neurons, groups]) / sizes, stable=True)
     within = sizes[order].cumsum(0) <= int(budget)
     return int((order[within] >= len(neurons)).sum())
+
+
+def read_scores(allocation: str | dict, scored: list[str | dict], load: Callable[[str], list]) -> dict[str, list]:
+    """Return the scores that an allocation reads beside importance, by the spec that it names: (neurons,) for each layer.
+
+    scored : the specs of the criteria that the model was scored with; load : gives the scores by a criterion's name. Raises
+    UserError for scores that are not there.
+    """
+    (variant,) = allocations.variants(allocation)
+    found = {}
+    for spec in variant.member.reads:
+        name = criteria.named(scored, spec)
+        if name is None:
+            raise UserError(f"allocation '{variant.name}' reads scores of criterion '{spec}': score the model with it too.")
+        found[spec] = load(name)
+    return found
+
+
+def importance_lost(importance, widths: list[int]) -> list[float]:
+    """Return for each layer the fraction of its importance that is lost with all but its `widths` most important neurons.
+
+    importance : (neurons,) for each layer; neurons without positive importance count nothing.
+    """
+    kept = kept_neurons(importance, widths)
+    rows = [torch.as_tensor(row).double().clamp(min=0) for row in importance]
+    return [float(1 - row[indices].sum() / row.sum()) if row.any() else 0.0 for row, indices in zip(rows, kept, strict=True)]
 
 
 def kept_neurons(importance, width_after: list[int]) -> list[torch.Tensor]:

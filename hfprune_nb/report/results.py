@@ -361,10 +361,15 @@ def snapshots(scoring_folder: Path) -> dict[str, dict[int, list[np.ndarray]]]:
     return {criterion: found[criterion] for criterion in names.in_order(found)}
 
 
+def pruning_facts(pruning_folder: Path) -> dict:
+    """Return a pruning artifact's facts (03). Raises UserError when they are missing or corrupt."""
+    return _facts(Path(pruning_folder) / "pruning.json")
+
+
 def kept(pruning_folder: Path) -> tuple[dict, list[np.ndarray]]:
     """Return a pruning artifact's facts and each layer's kept neuron indices. Raises UserError when it is corrupt."""
     tensors = _tensors(Path(pruning_folder) / "kept.safetensors")
-    return _facts(Path(pruning_folder) / "pruning.json"), [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
+    return pruning_facts(pruning_folder), [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
 
 
 def experiment(folder: Path) -> dict:

@@ -134,6 +134,10 @@ class Legend:
         allocation = name.partition("@")[2]
         return self._criterion(name).label + (f", {self._allocations[allocation].label}" if allocation else "")
 
+    def allocation(self, name: str) -> str:
+        """Return an allocation's name for readers."""
+        return self._allocations[name].label if name in self._allocations else name.capitalize()
+
     def settings(self, names: Iterable[str]) -> list[str]:
         """Return a sentence for each of `names` on the numbers that it depends on, defaults too, and on a basis that is not its
         authors' own formula.

@@ -116,6 +116,23 @@ class Ablator:
         return torch.stack(rows) if rows else self.ids.new_zeros(0, len(self.ids), dtype=torch.float64)  # of an empty layer
 
 
+@torch.no_grad()
+def mlp_influence(model, ids: torch.Tensor) -> list[float]:
+    """Return for each layer `1 - cos(x, y)`, the mean over tokens, x and y being the residual stream before and behind its MLP.
+
+    ids : (windows, seq). Where the layer adds anything else behind the MLP, such as a bias, x has it too.
+    """
+    dense, found = _dense_run(model, ids), []
+    for index, layer in enumerate(model.get_decoder().layers):
+        behind = _through(layer, dense.inputs[index], dense.settings[index])
+        hook = functools.partial(_masked, 0)
+        with contextlib.ExitStack() as stack:
+            stack.callback(gated_mlps(model)[index].down.register_forward_pre_hook(hook).remove)
+            before = _through(layer, dense.inputs[index], dense.settings[index])
+        found.append(1 - float(torch.cosine_similarity(before.double(), behind.double(), dim=-1).mean()))
+    return found
+
+
 def first_order(model, windows: np.ndarray, progress: bool = True) -> dict[str, list[np.ndarray]]:
     """Return what one gradient predicts for silencing each neuron, an array (neurons,) for each layer, in nats.
 
@@ -180,9 +197,14 @@ def _from_layer(model, first: int, hidden: torch.Tensor, settings: list[dict], c
     """Return the final hidden states, given the input of layer `first` for `copies` times the windows."""
     decoder = model.get_decoder()
     for layer, named in zip(decoder.layers[first:], settings[first:], strict=True):
-        output = layer(hidden, **{name: _repeated(value, copies, n_windows) for name, value in named.items()})
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = _through(layer, hidden, named, copies, n_windows)
     return decoder.norm(hidden)
+
+
+def _through(layer, hidden, named, copies=1, n_windows=1):
+    """Return the output of one layer, given its input for `copies` times the windows."""
+    output = layer(hidden, **{name: _repeated(value, copies, n_windows) for name, value in named.items()})
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _repeated(value, copies: int, n_windows: int):

@@ -29,6 +29,8 @@ class Pruning(Stage):
 
     def check(self, values):
         allocations.variants(values["allocation"])
+        if values["levels"] < 0:
+            raise UserError(f"levels {values['levels']} must be 0, for any number of different widths, or above")
         ratios = {name: values[name] for name in ("ratio", "neuron_ratio") if values[name]}
         for name, value in ratios.items():
             if not 0 < value < 1:
@@ -46,11 +48,11 @@ class Pruning(Stage):
         for values in grid.combinations(self.name):
             variant = grid.study.variant(values["criterion"])
             criteria.check_split(values.get("attention_split", "none"), variant)
-            if "allocation" in values:
-                allocations.check(allocations.variants(values["allocation"])[0], variant)
+            (rule,) = allocations.variants((grid.study.sections[self.name] | values).get("allocation", "uniform"))
+            allocations.check(rule, variant)
             for job in grid.of("scoring"):
-                # One seed says all about a criterion that reads weights alone.
-                if variant.criterion.seeded or job.point["seed"] == seeds[0]:
+                # One seed says all about a criterion that reads weights alone, unless the allocation reads text.
+                if variant.criterion.seeded or rule.member.needs or job.point["seed"] == seeds[0]:
                     own = {"model": job.point["model"], "seed": job.point["seed"], "scores": job.reference}
                     grid.add(self.name, job.point, {"ratio": 0.0, "neuron_ratio": 0.0} | own | values)
 
@@ -60,9 +62,10 @@ class Pruning(Stage):
 
     def work(self, parameters, known, ancestor):
         amount, tokens = self._rescoring(parameters, known, ancestor)
-        rates = known["devices"]["cpu"]["seconds_per_unit"]
-        # The unit of this stage is a parameter; scoring takes parameter-tokens.
-        return size(parameters, known) + amount * rates["scoring"] / rates["pruning"], tokens
+        measured, rates = self._measured(parameters, known, ancestor), known["devices"]["cpu"]["seconds_per_unit"]
+        # The unit of this stage is a parameter; scoring and measuring take parameter-tokens.
+        amount = (amount + measured * size(parameters, known)) * rates["scoring"] / rates["pruning"]
+        return size(parameters, known) + amount, tokens + measured
 
     def _rescoring(self, parameters, known, ancestor):
         """Return the work and the tokens of all rounds but the first, which was scored before."""
@@ -72,6 +75,15 @@ class Pruning(Stage):
         specs = [variant.spec for variant in criteria.variants(scored["criteria"]) if variant.name == parameters["criterion"]]
         amount, tokens = Scoring().work(scored | {"criteria": specs}, known, ancestor)
         return again * amount, again * tokens
+
+    def _measured(self, parameters, known, ancestor):
+        """Return the tokens that pass the model while the allocation measures."""
+        (variant,) = allocations.variants(parameters.get("allocation", "uniform"))
+        if not issubclass(variant.member, allocations.MeasuredRule):
+            return 0
+        windows = ancestor(ancestor(parameters["scores"])["calibration"])
+        passes = 1 + variant.member.measurements * known["layers"] / 2
+        return passes * variant.settings["windows"] * windows["seq_len"]
 
     def disk(self, parameters, size, known):
         return checkpoint(parameters, size)

@@ -1,11 +1,11 @@
 """Stage 02: the importance of every neuron by every criterion."""
 
-from hfprune_nb import criteria
+from hfprune_nb import allocations, criteria
 from hfprune_nb.runs.stages.base import Input, Stage, size, source
 
 
 class Scoring(Stage):
-    """One job for each calibration; it scores all criteria of the study."""
+    """One job for each calibration; it scores all criteria of the study, and those that its allocations read."""
 
     name = "scoring"
     notebook = "02_scoring.ipynb"
@@ -19,9 +19,14 @@ class Scoring(Stage):
             criteria.check_groups(chosen)
 
     def common(self, study):
+        wanted = [variant.spec for variant in study.variants]
+        pruning = study.sections["pruning"]
+        for allocation in study.axes["pruning"].get("allocation", [pruning["allocation"]] if "allocation" in pruning else []):
+            (variant,) = allocations.variants(allocation)
+            wanted += [spec for spec in variant.member.reads if criteria.named(wanted, spec) is None]
         splits = study.axes["pruning"].get("attention_split", [study.sections["pruning"].get("attention_split", "none")])
         groups = {"attention_groups": True} if set(splits) != {"none"} else {}
-        return {"criteria": [variant.spec for variant in study.variants]} | groups
+        return {"criteria": wanted} | groups
 
     def sources(self, parameters):
         return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
