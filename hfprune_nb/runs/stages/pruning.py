@@ -29,7 +29,7 @@ class Pruning(Stage):
 
     def check(self, values):
         allocations.variants(values["allocation"])
-        if values["levels"] < 0:
+        if values.get("levels", 0) < 0:
             raise UserError(f"levels {values['levels']} must be 0, for any number of different widths, or above")
         ratios = {name: values[name] for name in ("ratio", "neuron_ratio") if values[name]}
         for name, value in ratios.items():
