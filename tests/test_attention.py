@@ -16,7 +16,7 @@ from hfprune_nb.files import save_tensors
 from hfprune_nb.measure import evaluation
 from hfprune_nb.method import compensation, pruning, scoring, selection
 from hfprune_nb.models.hooks import replaced, silenced
-from hfprune_nb.report import attention, results
+from hfprune_nb.report import attention, results, style
 from hfprune_nb.report.table import ABSENT
 from hfprune_nb.runs import study
 
@@ -293,6 +293,10 @@ def test_table_8_stands_beside_the_measured_splits(tmp_path):
     shown = table.display
     assert list(shown["average of 9, paper: LLaMA-2-7B, %"]) == ["54.8", ABSENT, ABSENT, ABSENT]
     assert list(shown["groups per layer"]) == ["0", "-1"] * 2
+    fig = attention.attention_figure(table, "smollm2-135m")
+    style.save(fig, tmp_path, "attention", table.long)
+    assert len(fig.axes) == 3, "average, and KL on two corpora"
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["MLP only, untuned", "attention + MLP, measured, untuned"]
     told = attention.sentences(table)
     assert any(
         "1 attention group fewer" in sentence and "KL c4" in sentence and sentence.endswith(": worse.") for sentence in told
