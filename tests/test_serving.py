@@ -1,11 +1,9 @@
 """A pruned checkpoint elsewhere: llama.cpp's own converter reads it, and its runtime gives the same next-token distributions.
 
-The sources of llama.cpp come with the source distribution of its Python binding, which is built once into the cache: some twenty
-minutes on two cores, with CMake and a C++ compiler.
+The converter comes with the source distribution of one Python binding, the compiled runtime with the wheel of another.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -19,77 +17,72 @@ from hfprune_nb import models, paths
 from hfprune_nb.cli.main import main
 from hfprune_nb.files import sha256
 
-pytestmark = [pytest.mark.serving, pytest.mark.registry, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.serving, pytest.mark.registry, pytest.mark.timeout(1800)]
 
-BINDING, DIGEST = "llama_cpp_python-0.3.36", "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SOURCES = "llama_cpp_python-0.3.36"
+SOURCES_DIGEST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+RUNTIME = "xllamacpp==2026.10.11549"
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
 RUN = """
-import json, sys, time
-import numpy as np
-from llama_cpp import Llama
+import json, sys
+import xllamacpp
 
-file, text = sys.argv[1:]
-model = Llama(file, n_ctx=512, logits_all=True, n_threads=2, verbose=False, seed=0)
-tokens = model.tokenize(text.encode(), add_bos=False)
-model.eval(tokens)
-logits = np.array(model.scores[: len(tokens)], dtype=np.float64).tolist()
-model.reset()
-began = time.perf_counter()
-for count, token in enumerate(model.generate(tokens, temp=0.0), 1):
-    if count == 64:
-        break
-print(json.dumps({"tokens": tokens, "logits": logits, "tokens_per_second": count / (time.perf_counter() - began)}))
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = sys.argv[1], 512, 1, 2
+request = {"prompt": sys.argv[2], "n_predict": 48, "temperature": 0.0, "n_probs": 20, "ignore_eos": True}
+print(json.dumps(xllamacpp.Server(parameters).handle_completions(request)))
 """
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """The folder of llama.cpp's sources, and a Python that has its binding."""
-    folder = paths.cache() / BINDING
-    python = folder / "venv/bin/python"
+    """The folder of llama.cpp's sources, and a Python that has its runtime."""
+    folder = paths.cache() / "llama.cpp"
+    python, sources = folder / "venv/bin/python", folder / SOURCES / "vendor/llama.cpp"
     if not (folder / "DONE").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        source = folder / f"{BINDING}.tar.gz"
-        package = BINDING.replace("-", "==")
-        if not source.is_file():
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", package, "-d", folder]
-            subprocess.run(list(map(str, pip)), check=True)
-        assert sha256(source) == DIGEST, "the registry gives other sources than those that were pinned"
-        with tarfile.open(source) as archive:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "-d", str(folder)]
+        subprocess.run([*pip, SOURCES.replace("-", "==")], check=True)
+        assert sha256(folder / f"{SOURCES}.tar.gz") == SOURCES_DIGEST, "these are not the sources that were pinned"
+        with tarfile.open(folder / f"{SOURCES}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
         venv.create(folder / "venv", with_pip=True)
-        off = " ".join(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "TOOLS", "SERVER"))
-        environment = os.environ | {"CMAKE_ARGS": off, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", str(source)], env=environment, check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:", RUNTIME]
+        subprocess.run(install, check=True)
         (folder / "DONE").touch()
-    return folder / BINDING / "vendor/llama.cpp", python
+    return sources, python
 
 
-def served(llama, folder: Path, file: Path) -> dict:
-    """What llama.cpp makes of a checkpoint: the prompt's tokens, their logits, tokens per second."""
+def served(llama, folder: Path, file: Path) -> tuple[list[dict], float]:
+    """What llama.cpp makes of a checkpoint: each generated token with the likeliest ones beside it, and tokens per second."""
     sources, python = llama
     convert = [sys.executable, sources / "convert_hf_to_gguf.py", folder, "--outtype", "f32", "--outfile", file]
     subprocess.run(list(map(str, convert)), check=True, capture_output=True)
     answer = subprocess.run([str(python), "-c", RUN, str(file), PROMPT], check=True, capture_output=True, text=True)
-    return json.loads(answer.stdout)
+    found = json.loads(answer.stdout.splitlines()[-1])
+    return found["choices"][0]["logprobs"]["content"], found["timings"]["predicted_per_second"]
 
 
-def test_llama_cpp_converts_and_runs_a_pruned_model(llama, tmp_path, capsys):
+def test_llama_cpp_converts_and_runs_a_pruned_model(registry, llama, tmp_path, capsys):
     small = ["--windows", "4", "--held-out-windows", "2", "--held-out", "wikitext", "--device", "cpu"]
-    assert main(["prune", "smollm2-135m", "--ratio", "0.2", "--multiple-of", "256", "--out", str(tmp_path / "pruned"), *small]) == 0
+    assert (
+        main(["prune", "smollm2-135m", "--ratio", "0.2", "--multiple-of", "256", "--out", str(tmp_path / "pruned"), *small]) == 0
+    )
     dense, tokenizer = models.load("smollm2-135m", dtype="bfloat16", device="cpu")
     dense.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    speed = {}
+    prompt, speed = tokenizer(PROMPT, add_special_tokens=False).input_ids, {}
     for name in ("dense", "pruned"):
-        found = served(llama, tmp_path / name, tmp_path / f"{name}.gguf")
+        steps, speed[name] = served(llama, tmp_path / name, tmp_path / f"{name}.gguf")
         network, _ = models.load(tmp_path / name, dtype="float32", device="cpu")
-        assert found["tokens"] == tokenizer(PROMPT, add_special_tokens=False).input_ids
+        ids = torch.tensor([[*prompt, *(step["id"] for step in steps)]])
         with torch.no_grad():
-            ours = network(input_ids=torch.tensor([found["tokens"]])).logits[0].double().log_softmax(-1)
-        theirs = torch.tensor(found["logits"], dtype=torch.float64).log_softmax(-1)
-        divergence = (ours.exp() * (ours - theirs)).sum(-1)
-        assert divergence.max() < 1e-3, f"{name}: KL(ours, llama.cpp) {divergence.max():.2e} nats"
-        speed[name] = found["tokens_per_second"]
+            ours = network(input_ids=ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        assert len(steps) == 48
+        for row, step in zip(ours, steps, strict=True):
+            theirs = {token["id"]: token["logprob"] for token in step["top_logprobs"]}
+            difference = row[list(theirs)] - torch.tensor(list(theirs.values()), dtype=torch.float64)
+            assert difference.abs().max() < 0.02, f"{name}: log-probabilities differ by {difference.abs().max():.3f}"
     with capsys.disabled():
-        sys.stdout.write(f"\nllama.cpp, float32, tokens per second: {speed}\n")
+        words = ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
+        sys.stdout.write(f"\nllama.cpp, float32, two threads, tokens per second: {words}\n")
