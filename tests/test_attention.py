@@ -303,6 +303,8 @@ def test_table_8_stands_beside_the_measured_splits(tmp_path):
     )
     one_seed = attention.sentences(attention.attention_table(study_of_splits(tmp_path / "one", seeds=(0,))))
     assert all(sentence.endswith("one seed: no verdict.") for sentence in one_seed)
+    one_seed = attention.attention_table(study_of_splits(tmp_path / "shown", seeds=(0,))).display
+    assert list(one_seed["average of tasks, points - MLP only"])[::2] == [ABSENT, ABSENT]
     plain = results.collect(folders)
     assert len(plain.models) == 7 and "6 evaluations of models that lost attention groups are not shown here." in plain.notes
     assert attention.attention_table(folders[:7]) is None

@@ -150,6 +150,8 @@ def _cell(own: pd.DataFrame, without: pd.DataFrame, removed: int, measure: str) 
 
 
 def _change(row: dict) -> str:
+    if pd.isna(row["change"]):
+        return ABSENT
     return format_difference(row | {"mean": row["change"], "low": row["change_low"], "high": row["change_high"]})
 
 
