@@ -75,10 +75,11 @@ def kept_groups(
 
     split : how much of the `ratio` of all parameters the attention gives. `none`: nothing. `proportional`: the fraction that the
     MLPs give. `measured`: what the attention has in one ranking of all neurons and groups of all layers by importance per
-    parameter, meant for estimates of the damage itself, as `kl_fisher`'s: sums of absolute first-order changes compare units of
-    such different size less well. As layers lose whole groups, each the same number, this is rounded; the first group of a layer to go is its least
-    important, and one always stays. importance : (neurons,) for each layer; of_groups : (groups,) for each layer, by the same
-    criterion. Raises UserError for an unknown split, a ratio of neurons, and scores that cannot be compared between layers.
+    parameter, meant for estimates of the damage itself, as `kl_fisher`'s: sums of absolute first-order changes compare units
+    of such different size less well. As layers lose whole groups, each the same number, this is rounded; the first group of a
+    layer to go is its least important, and one always stays. importance : (neurons,) for each layer; of_groups : (groups,)
+    for each layer, by the same criterion. Raises UserError for an unknown split, a ratio of neurons, and scores that cannot
+    be compared between layers.
     """
     if split not in SPLITS:
         raise UserError(f"attention_split '{split}' is unknown: choose one of {', '.join(SPLITS)}.")
