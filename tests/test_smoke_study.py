@@ -99,6 +99,7 @@ def test_results_are_published_for_a_reader(smoke):
         "importance",
         "rank_agreement",
         "kept_overlap",
+        "widths",
         "truth",
         "calibration",
         "gradient",
