@@ -346,6 +346,7 @@ def test_a_study_of_splits_is_refused_before_anything_runs(tmp_path):
         "criteria: [entropy, magnitude]": "criterion 'magnitude' scores no attention groups",
         "criteria: [wanda]": "scores of criterion 'wanda' are not comparable",
         "ratios: null\nneuron_ratios: [0.2]": "give ratio in place of neuron_ratio",
+        "pruning: {rounds: 4}": "set rounds to 1",
     }.items():
         (tmp_path / "study.yaml").write_text(f"extends: offline-attention\nrecovery_criteria: null\n{line}\n")
         with pytest.raises(UserError, match=words):

@@ -37,8 +37,11 @@ class Pruning(Stage):
                 raise UserError(f"{name} {value:g} must lie between 0 and 1: write 20 % as 0.2")
         if len(ratios) != 1:
             raise UserError("give either ratio (of all parameters) or neuron_ratio (of the MLP neurons), and 0 for the other")
-        if values.get("attention_split", "none") != "none" and values["neuron_ratio"]:
-            raise UserError("attention_split shares out a ratio of all parameters: give ratio in place of neuron_ratio")
+        if values.get("attention_split", "none") != "none":
+            if values["neuron_ratio"]:
+                raise UserError("attention_split shares out a ratio of all parameters: give ratio in place of neuron_ratio")
+            if values.get("rounds", 1) != 1:
+                raise UserError("rounds score neurons anew and no attention groups: set rounds to 1, or attention_split to none")
         rounds = values.get("rounds", 1)
         if rounds < 1 or (rounds > 1 and values.get("attention_split", "none") != "none"):
             raise UserError(f"rounds {rounds} must be 1, or above with attention_split none: only neurons go in parts")
