@@ -304,6 +304,13 @@ def test_allocations_are_an_axis_and_suit_their_criteria(project):
     toys.write_study(project, "wide", criteria=["entropy", "magnitude"], allocations=["global"])
     with pytest.raises(UserError, match="criterion 'magnitude' are not comparable between layers"):
         study.load("wide")
+    both = {"criteria": ["entropy", "magnitude"], "allocations": ["uniform", "global"], "seeds": [0]}
+    toys.write_study(project, "wide", **both, impossible="skip")
+    points = [(job.point["criterion"], job.point.get("allocation")) for job in jobs(study.load("wide"), "pruning")]
+    assert points == [("entropy", None), ("entropy", "global"), ("magnitude", None)]
+    toys.write_study(project, "wide", **both, impossible="maybe")
+    with pytest.raises(UserError, match="impossible must be refuse or skip, not 'maybe'"):
+        study.load("wide")
     toys.write_study(project, "wide", allocations=["dlp", "uniform"], seeds=[0])
     (scoring,) = jobs(study.load("wide"), "scoring")
     assert scoring.parameters["criteria"] == ["entropy", "magnitude", "wanda"], "what an allocation reads is scored beside"

@@ -30,6 +30,7 @@ KEYS = (
     "assets",
     "recipe",
     "recovery_criteria",
+    "impossible",
     "axes",
     "run",
     *AXES,
@@ -71,6 +72,11 @@ class Study:
         own = text_files.read_text(self.path, "study file")
         return yaml.safe_dump(self.content, sort_keys=False) if re.search(r"^extends\s*:", own, re.MULTILINE) else own
 
+    @property
+    def skips_impossible(self) -> bool:
+        """Whether a criterion with an allocation that cannot use its scores is left out, and not refused."""
+        return self.content.get("impossible") == "skip"
+
     def variant(self, name: str):
         """Return the criterion variant of that name."""
         return next(variant for variant in self.variants if variant.name == name)
@@ -111,6 +117,8 @@ def _checked(path: Path, content: dict) -> Study:
     for key, text in texts.items():
         if not isinstance(text, str):
             raise UserError(f"{key} must be text, not {text!r}: put it in quotes")
+    if content.get("impossible", "refuse") not in ("refuse", "skip"):
+        raise UserError(f"impossible must be refuse or skip, not {content['impossible']!r}")
     if "recipe" in content:
         content = recipes.find(content["recipe"]).axes | content
     # A file that only measures cost or runs experiments needs no criteria.

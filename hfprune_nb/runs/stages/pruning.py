@@ -50,9 +50,14 @@ class Pruning(Stage):
         seeds = grid.study.axes["calibration"].get("seed", [])
         for values in grid.combinations(self.name):
             variant = grid.study.variant(values["criterion"])
-            criteria.check_split(values.get("attention_split", "none"), variant)
             (rule,) = allocations.variants((grid.study.sections[self.name] | values).get("allocation", "uniform"))
-            allocations.check(rule, variant)
+            try:
+                criteria.check_split(values.get("attention_split", "none"), variant)
+                allocations.check(rule, variant)
+            except UserError:
+                if grid.study.skips_impossible:
+                    continue
+                raise
             for job in grid.of("scoring"):
                 # One seed says all about a criterion that reads weights alone, unless the allocation reads text.
                 if variant.criterion.seeded or rule.member.needs or job.point["seed"] == seeds[0]:
