@@ -1,12 +1,14 @@
-# setup: .venv from the lock   study: the offline study   test: all tests   lab: JupyterLab   lint: style checks
+# setup: .venv from the lock   study: the offline study   test, test-slow: all tests   lab: JupyterLab   lint: style checks
 # gpu: the tests for a GPU, then what scoring and generation cost there; torch, transformers, lm-eval[hf] and pytest are enough
 PYTHON ?= python3
 STUDY ?= offline
 BIN := .venv/bin
 SHAPES ?= llama-3.2-1b llama-2-7b qwen2.5-7b
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+ELSEWHERE := not long and not serving and not snakemake and not slurm and not cuda
 ANY_PYTHON = PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON))
 
-.PHONY: setup study test gpu lab lint format
+.PHONY: setup study test test-slow gpu lab lint format
 
 setup: .venv/installed
 
@@ -21,7 +23,10 @@ study: setup
 	$(BIN)/hfprune study run $(STUDY)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS) -m "not slow and $(ELSEWHERE)"
+
+test-slow: setup
+	$(TESTS) -m "slow and $(ELSEWHERE)"
 
 gpu:
 	$(ANY_PYTHON) -m pytest -m cuda

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole study
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first test waits for a whole study
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from hfprune_nb.runs.artifacts import Writer
 from hfprune_nb.runs.locks import Lock
 from hfprune_nb.runs.status import status as status_of
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL are POSIX features")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="process groups and SIGKILL are POSIX features")]
 
 
 def toy_runner(project, name="toy"):

@@ -23,7 +23,10 @@ from hfprune_nb.runs import stage
 from hfprune_nb.runs.artifacts import finished, open_artifact
 from hfprune_nb.runs.parameters import notebook_parameters, notebook_path
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for the whole study, on a busy machine for a while
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # the first test waits for the whole study, on a busy machine for a while
 
 PROJECT = Path(__file__).resolve().parent.parent
 STUDY = PROJECT / "notebooks" / "studies" / "smoke.yaml"
@@ -57,7 +60,7 @@ def smoke(tmp_path_factory):
 
 
 def test_every_job_of_the_grid_is_computed(smoke):
-    assert "26 jobs" in smoke.answer and "26 computed, 0 done, 0 failed, 0 skipped" in smoke.answer
+    assert "27 jobs" in smoke.answer and "27 computed, 0 done, 0 failed, 0 skipped" in smoke.answer
     # Two seeds, five criteria, one ratio; magnitude reads weights only and has one seed.
     expected = {"calibration": 2, "scoring": 2, "pruning": 9, "evaluation": 10, "figures": 1, "experiments": 1, "questions": 1}
     expected["recommendation"] = 1
@@ -114,7 +117,7 @@ def test_results_are_published_for_a_reader(smoke):
     for link in re.findall(r'href="([^"]+)"', index):
         assert (smoke.folder / link).is_file(), link
     assert (smoke.folder / "study.yaml").read_bytes() == STUDY.read_bytes()
-    assert len(json.loads((smoke.folder / "cards.json").read_text(encoding="utf-8"))) == 26
+    assert len(json.loads((smoke.folder / "cards.json").read_text(encoding="utf-8"))) == 27
 
 
 def test_the_criterion_table_holds_dense_and_every_criterion(smoke):
@@ -176,7 +179,7 @@ def test_layers_of_different_width_go_through_the_notebooks(smoke, tmp_path, mon
 def test_a_finished_study_does_nothing_and_says_so(smoke):
     before = {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")}
     status, said = smoke.run()
-    assert status == 0 and "26 jobs, nothing to do" in said
+    assert status == 0 and "27 jobs, nothing to do" in said
     assert {path: path.stat().st_mtime_ns for path in smoke.folder.rglob("*")} == before
 
 
@@ -190,7 +193,7 @@ def test_a_deleted_artifact_is_the_only_one_made_again(smoke):
     sealed, published, digest = smoke.sealed(), smoke.exported(), chosen.digest
     shutil.rmtree(chosen.folder)
     status, said = smoke.run()
-    assert status == 0 and "1 computed, 25 done, 0 failed" in said, said
+    assert status == 0 and "1 computed, 26 done, 0 failed" in said, said
     again = smoke.sealed()
     assert [folder for folder in sealed if again[folder] != sealed[folder]] == [chosen.folder]
     assert chosen.digest == digest

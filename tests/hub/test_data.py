@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 WINDOWS = """
 from pathlib import Path
 from hub import contents
@@ -133,6 +135,7 @@ def test_data_without_a_connection(hub, answer):
         hub.start()
 
 
+@pytest.mark.slow
 def test_tasks_are_read_at_one_commit_and_need_no_hub_afterwards(hub, answer):
     code = """
     from hfprune_nb.measure import tasks

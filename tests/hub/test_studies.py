@@ -11,6 +11,7 @@ import yaml
 from hub import contents
 from hub.conftest import PROJECT
 
+pytestmark = pytest.mark.slow
 WHOLE, LIGHT = "llama-3.2-1b", ("llama-2-7b", "llama-3.2-3b", "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-1.7b")
 SHRUNKEN = yaml.safe_load((PROJECT / "tests" / "hub" / "shrunken.yaml").read_text())
 
