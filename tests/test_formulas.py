@@ -396,6 +396,7 @@ def test_each_further_round_costs_what_scoring_the_criterion_costs():
     [
         ({"rounds": 0}, "rounds 0 must be 1"),
         ({"rounds": 2, "attention_split": "proportional"}, "set rounds to 1, or attention_split to none"),
+        ({"rounds": 2, "allocation": "global_normalised"}, "'global_normalised' cannot share out in rounds"),
     ],
 )
 def test_rounds_that_make_no_sense_are_refused_before_anything_runs(values, sentence):

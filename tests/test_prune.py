@@ -88,6 +88,18 @@ def test_an_existing_folder_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "model/mine.txt").read_text() == "mine"
 
 
+def test_padding_is_not_counted_and_an_allocation_reads_beside_a_criterion_of_the_same_name(tmp_path):
+    variant = ["--criterion", "{wanda: {p: 2}}", "--allocation", "owl", "--compensation", "none"]
+    assert prune(tmp_path / "model", "--neuron-ratio", "0.3", "--padded", *variant) == 0
+    facts = json.loads((tmp_path / "model/pruning.json").read_text())
+    assert len(set(facts["widths"])) > 1 and facts["loads_with"] == "plain, padded"
+    assert facts["parameters"] == pytest.approx(facts["dense_parameters"] * (1 - facts["achieved_ratio"]))
+    content = {"extends": "smoke", "criteria": [{"wanda": {"p": 2}}], "allocations": ["owl"]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    (scored,) = {str(job.parameters["criteria"]) for job in study.load(tmp_path / "mine.yaml").jobs if job.stage == "scoring"}
+    assert scored == str([{"wanda": {"p": 2}}, {"wanda": {}, "as": "wanda_default"}])
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_study_file_names_a_recipe(tmp_path, name):
     content = {"extends": "smoke", "recipe": name, "criteria": None}

@@ -130,7 +130,8 @@ class AllocationRule(Member, ABC):
     """A rule that says how many neurons each layer keeps.
 
     needs_importance : whether it looks at the neurons' importance; needs_comparable : whether that must be comparable between
-    layers, which only scores in units of the model's output are. reads : specs of criteria whose scores it looks at beside.
+    layers, which only scores in units of the model's output are. in_rounds : whether it can share out what is left after a part
+    has gone; false where it looks at how scores are spread. reads : specs of criteria whose scores it looks at beside.
 
     needs : the further arguments of `plan`, handed over by name: `scores`, by spec of `reads` a tensor (neurons,) for each layer;
     `down`, the weights (hidden, neurons) of each layer's down_proj; `measure`, what `method.measurement.Measurement` offers.
@@ -139,6 +140,7 @@ class AllocationRule(Member, ABC):
     noun = "allocation"
     needs_importance: ClassVar[bool] = False
     needs_comparable: ClassVar[bool] = False
+    in_rounds: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
 

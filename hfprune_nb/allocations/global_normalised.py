@@ -14,6 +14,7 @@ class GlobalNormalised(Global):
     label = "Global, normalised"
     source = "FLAP (arXiv 2312.11983) for the standardised scores; our reading of SAAP (arXiv 2412.15127) for the mean"
     needs_comparable = False
+    in_rounds = False  # neurons that have gone have ranks and no scores
     settings = {
         "by": Setting(
             "deviation",

@@ -166,7 +166,7 @@ def _make(options, recipe, folder: Path) -> dict:
     dense_head = copy.deepcopy(models.head(network))
     dense = measured(network)
     spec, allocation = recipe.criterion.spec, recipe.allocation.spec
-    scored = [spec, *(each for each in recipe.allocation.member.reads if criteria.named(spec, each) is None)]
+    scored = criteria.with_missing([spec], recipe.allocation.member.reads)
     scores = scoring.score(network, text.ids, scored, seed=options.seed, checkpoint=folder / "scratch" / "scores")
     importance = scores.importance[recipe.criterion.name]
     plan = selection.allocate(
@@ -188,6 +188,7 @@ def _make(options, recipe, folder: Path) -> dict:
         pruning.repair(network, repaired)
     network.to(models.configuration(options.model).dtype or network.dtype)
     export.save_checkpoint(network, tokenizer, folder, options.padded)
+    parameters = models.count_parameters(network)  # without padding
     del network
     reread, _ = models.load(folder, dtype=options.dtype, device=options.device)
     pruned = measured(reread, dense)
@@ -199,7 +200,7 @@ def _make(options, recipe, folder: Path) -> dict:
         "achieved_ratio": plan.achieved_ratio,
         "neuron_ratio": plan.neuron_ratio,
         "dense_parameters": plan.dense_parameters,
-        "parameters": models.count_parameters(reread),
+        "parameters": parameters,
         "width_before": plan.width_before,
         "widths": plan.width_after,
         "loads_with": (loads_with := export.loads_with(plan.width_after, options.padded)),

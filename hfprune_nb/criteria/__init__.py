@@ -38,6 +38,7 @@ __all__ = [
     "named",
     "names",
     "variants",
+    "with_missing",
 ]
 
 
@@ -105,3 +106,12 @@ def named(specs: str | dict | Variant | Iterable, spec: str | dict) -> str | Non
     (wanted,) = variants(spec)
     same = (variant.name for variant in variants(specs) if (variant.member, variant.settings) == (wanted.member, wanted.settings))
     return next(same, None)
+
+
+def with_missing(specs: list[str | dict], wanted: Iterable[str]) -> list[str | dict]:
+    """Return `specs` and, of the criteria `wanted`, those that `specs` lack, under another name where theirs is taken."""
+    for spec in wanted:
+        if named(specs, spec) is None:
+            taken = {variant.name for variant in variants(specs)}
+            specs = [*specs, {spec: {}, "as": f"{spec}_default"} if spec in taken else spec]
+    return specs

@@ -32,8 +32,8 @@ def recommendation_table(evaluation_folders: Iterable[Path]) -> Table:
     A recipe is a criterion with its allocation (`style.series`) and a compensation. KL is the geometric mean over held-out
     windows, so that ratios are differences of logarithms, paired on the same windows and calibration seeds; corpora count alike.
     `times` below 1 is closer to the dense model than HFPrune; `forwards` counts forward passes over the calibration text for
-    scoring and for measuring the allocation, a backward pass as two. `p_holm` : Holm's adjustment over the recipes of one model
-    and ratio. Errors as `results.collect`.
+    scoring by the criterion, a backward pass as two, and not what an allocation measures or reads beside. `p_holm` : Holm's
+    adjustment over the recipes of one model and ratio. Errors as `results.collect`.
     """
     summaries = {Path(folder): read_summary(folder) for folder in evaluation_folders}
     summaries = {folder: summary for folder, summary in summaries.items() if split_of(summary) in (DENSE, NONE)}
@@ -225,7 +225,7 @@ def _notes(long: pd.DataFrame, results: Results) -> tuple[str, ...]:
         "(entropy, uniform widths, no compensation) is paired on the same windows and calibration seeds; interval and p are over "
         f"both (Behrens and Fisher), and Holm's correction over the {family} recipes of one model and ratio. "
         f"{intervals.FAMILY_ERROR}",
-        "Forward passes are those over the calibration text that scoring takes, a backward pass counted as two; a compensation "
-        "adds one over its own windows.",
+        "Forward passes are those over the calibration text that scoring by the criterion takes, a backward pass counted as two. "
+        "Not counted: what an allocation measures or reads beside, and a compensation's one over its own windows.",
         protocol_note(results),
     )

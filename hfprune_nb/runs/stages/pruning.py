@@ -28,7 +28,7 @@ class Pruning(Stage):
     version = 2  # dtype is float32 by default, was bfloat16
 
     def check(self, values):
-        allocations.variants(values["allocation"])
+        (rule,) = allocations.variants(values["allocation"])
         if values.get("levels", 0) < 0:
             raise UserError(f"levels {values['levels']} must be 0, for any number of different widths, or above")
         ratios = {name: values[name] for name in ("ratio", "neuron_ratio") if values[name]}
@@ -37,14 +37,16 @@ class Pruning(Stage):
                 raise UserError(f"{name} {value:g} must lie between 0 and 1: write 20 % as 0.2")
         if len(ratios) != 1:
             raise UserError("give either ratio (of all parameters) or neuron_ratio (of the MLP neurons), and 0 for the other")
+        rounds = values.get("rounds", 1)
         if values.get("attention_split", "none") != "none":
             if values["neuron_ratio"]:
                 raise UserError("attention_split shares out a ratio of all parameters: give ratio in place of neuron_ratio")
-            if values.get("rounds", 1) != 1:
+            if rounds != 1:
                 raise UserError("rounds score neurons anew and no attention groups: set rounds to 1, or attention_split to none")
-        rounds = values.get("rounds", 1)
-        if rounds < 1 or (rounds > 1 and values.get("attention_split", "none") != "none"):
-            raise UserError(f"rounds {rounds} must be 1, or above with attention_split none: only neurons go in parts")
+        if rounds < 1:
+            raise UserError(f"rounds {rounds} must be 1, or above to score what is left again in between")
+        if rounds > 1 and not rule.member.in_rounds:
+            raise UserError(f"allocation '{rule.name}' cannot share out in rounds: set rounds to 1, or choose another allocation")
 
     def plan(self, grid):
         seeds = grid.study.axes["calibration"].get("seed", [])

@@ -23,7 +23,7 @@ class Scoring(Stage):
         pruning = study.sections["pruning"]
         for allocation in study.axes["pruning"].get("allocation", [pruning["allocation"]] if "allocation" in pruning else []):
             (variant,) = allocations.variants(allocation)
-            wanted += [spec for spec in variant.member.reads if criteria.named(wanted, spec) is None]
+            wanted = criteria.with_missing(wanted, variant.member.reads)
         splits = study.axes["pruning"].get("attention_split", [study.sections["pruning"].get("attention_split", "none")])
         groups = {"attention_groups": True} if set(splits) != {"none"} else {}
         return {"criteria": wanted} | groups
