@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 import hfprune_nb
 from hfprune_nb import models
 from hfprune_nb.cli.main import main
+from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import hub
 from hfprune_nb.method.scoring import engine
 from hfprune_nb.runs import recipes, study
 
@@ -77,6 +79,18 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, capsys, more, sen
     assert prune(tmp_path / "model", *more) == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.strip().splitlines()[-1:]) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_model_is_that_of_the_revision_asked_for(tmp_path, monkeypatch, capsys):
+    def load(name, **_):
+        raise UserError(f"{name} at {hub.pins()[name]}")
+
+    monkeypatch.setenv(hub.REVISIONS, "{}")
+    monkeypatch.setattr("hfprune_nb.models.load", load)
+    commit, out = "0123456789" * 4, str(tmp_path / "model")
+    assert main(["prune", "owner/name", "--revision", commit, "--out", out, "--ratio", "0.2"]) == 2
+    assert f"owner/name at {commit}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -67,6 +67,7 @@ def add_prune(groups) -> None:
     """Add the command `prune` to the parser's commands."""
     prune = command(groups, "prune", "prune a model and save it with its card", _EXAMPLES + _recipes(), _prune)
     prune.add_argument("model", metavar="MODEL", help="alias, hub id or local folder")
+    prune.add_argument("--revision", default="main", metavar="COMMIT", help="branch, tag or commit of a hub model")
     prune.add_argument("--out", required=True, metavar="FOLDER", help="the checkpoint, README.md in it")
     size = prune.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, default=0.0, help="fraction of ALL parameters to remove")
@@ -102,6 +103,7 @@ def _spec(text: str):
 
 def _prune(options) -> int:
     from hfprune_nb.files import claim, write_json
+    from hfprune_nb.inputs import hub, shares
     from hfprune_nb.runs import recipes
 
     changes = {name: getattr(options, name) for name in ("criterion", "allocation", "compensation")}
@@ -112,6 +114,12 @@ def _prune(options) -> int:
     for name in ("ratio", "neuron_ratio"):
         if not 0 <= getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1: write 20 % as 0.2")
+    if repository := hub.repository(options.model):
+        # Of the commit, not the branch: a killed run must not go on with other weights.
+        options.revision = hub.commit(repository, "model", options.revision)
+        hub.pin({repository: options.revision})
+    if sentence := shares.warning(options.model, options.ratio):
+        say(sentence)
     partial = out.with_name(out.name + _PARTIAL)
     settings = {name: value for name, value in vars(options).items() if name not in ("command", "out")}
     claim(partial / "scratch", settings | {"recipe": recipe.axes})
@@ -138,7 +146,7 @@ def _make(options, recipe, folder: Path) -> dict:
     import copy
 
     from hfprune_nb import criteria, models
-    from hfprune_nb.inputs import calibration
+    from hfprune_nb.inputs import calibration, hub
     from hfprune_nb.measure import evaluation
     from hfprune_nb.method import export, measurement, pruning, scoring, selection
     from hfprune_nb.method.compensation import compensate
@@ -194,6 +202,7 @@ def _make(options, recipe, folder: Path) -> dict:
     pruned = measured(reread, dense)
     return {
         "model": options.model,
+        "revision": options.revision if hub.repository(options.model) else "",
         "criterion": recipe.criterion.label,
         "allocation": recipe.allocation.label,
         "compensation": recipe.compensation,
