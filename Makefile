@@ -36,7 +36,7 @@ gpu:
 	done
 
 lab: setup
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 lint: setup
 	$(BIN)/ruff check .
