@@ -147,6 +147,9 @@ def test_files_that_a_pattern_names_count_by_their_content(project):
     (project / "own" / "b.py").touch()
     found.append(address("experiments", values))
     assert found[0] == found[1] and len(set(found)) == 3, "comments are text, too"
+    STAGES["experiments"].check({"criteria": ["entropy"], "own_text": "own/*.py"})
+    with pytest.raises(UserError, match="own_text='oen/.*' matches no file"):
+        STAGES["experiments"].check({"criteria": ["entropy"], "own_text": "oen/*.py"})
 
 
 def test_adapters_count_with_the_model_that_they_were_trained_on(project, tmp_path):

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from hfprune_nb import models
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs import calibration
 from hfprune_nb.method import scoring, selection
 from hfprune_nb.models import cpu_attention
 from hfprune_nb.models.hooks import replaced, silenced
@@ -210,7 +211,12 @@ def test_an_unknown_aggregation_is_refused(tiny, token_windows):
 
 @pytest.mark.parametrize(
     ("windows", "criteria", "words"),
-    [(None, [], "criteria is empty"), (np.empty((0, 8)), ["entropy"], "calibration"), (None, ["entropie"], "did you mean")],
+    [
+        (None, [], "criteria is empty"),
+        (np.empty((0, 8)), ["entropy"], "calibration"),
+        (calibration.Windows(np.zeros((2, 8), dtype=np.int64)), ["entropy"], r"windows must be .* give \.ids"),
+        (None, ["entropie"], "did you mean"),
+    ],
 )
 def test_bad_arguments_are_refused(windows, criteria, words, tiny, token_windows):
     with pytest.raises(UserError, match=words):

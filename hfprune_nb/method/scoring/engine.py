@@ -108,6 +108,8 @@ def score(
     mlps, groups = gated_mlps(model), _groups(model, registry.variants(criteria)) if attention_groups else []
     reading = {name: criterion for name, criterion in chosen.items() if criterion.reads_text}
     if reading:
+        if windows.dtype == object:
+            raise UserError("windows must be an array of token ids: of calibration.windows(...) give .ids.")
         if np.ndim(windows) != 2 or np.size(windows) == 0 or windows.shape[1] < 2:
             raise UserError("calibration: these criteria read text, so give windows of at least two tokens each.")
         if activation_checkpointing:

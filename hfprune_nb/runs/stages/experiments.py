@@ -1,6 +1,7 @@
 """Stage 08: ablations, calibration texts and gradients, measured on the dense model."""
 
-from hfprune_nb import criteria
+from hfprune_nb import criteria, text_files
+from hfprune_nb.errors import UserError
 from hfprune_nb.runs.stages.base import Stage, size, source
 
 
@@ -15,6 +16,8 @@ class Experiments(Stage):
 
     def check(self, values):
         criteria.variants(values["criteria"])
+        if (pattern := values.get("own_text")) and not text_files.matching(pattern):
+            raise UserError(f"own_text={pattern!r} matches no file in the kit's folder: mend the pattern, or leave it empty")
 
     def sources(self, parameters):
         return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
