@@ -70,6 +70,7 @@ def figures_value(loaded, job):
     ("changes", "message"),
     [
         ({"criterion": ["entropy"]}, "unknown key 'criterion', did you mean 'criteria'"),
+        ({"recipe": ["hfprune"]}, "recipe: unknown"),
         ({"models": None}, "models must be a list with at least one entry"),
         ({"seeds": []}, "seeds must be a list"),
         ({"seeds": [0, 0]}, "seeds names an entry twice"),

@@ -41,7 +41,7 @@ def find(name: str, **changes: str) -> Recipe:
     Raises UserError for an unknown recipe or member, and for an allocation that cannot use the criterion's scores.
     """
     recipes = _read()
-    if name not in recipes:
+    if not isinstance(name, str) or name not in recipes:
         raise UserError(f"recipe: unknown {name!r}, {suggest(str(name), list(recipes))}")
     given = recipes[name] | {key: value for key, value in changes.items() if value}
     (criterion,), (allocation,) = criteria.variants(given["criterion"]), allocations.variants(given["allocation"])
