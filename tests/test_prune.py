@@ -38,6 +38,13 @@ def test_a_recipe_makes_a_plain_checkpoint_with_its_card(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "no unfinished folder is left"
 
 
+@pytest.mark.parametrize("spec", ["[entropy, wanda]", "{entropy: "])
+def test_what_is_no_spec_is_refused(tmp_path, capsys, spec):
+    with pytest.raises(SystemExit):
+        prune(tmp_path / "model", "--ratio", "0.2", "--criterion", spec)
+    assert "is no name" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_widths_may_differ(tmp_path):
     assert prune(tmp_path / "model", "--neuron-ratio", "0.3", "--allocation", "global", "--compensation", "none") == 0
     facts = json.loads((tmp_path / "model/pruning.json").read_text())

@@ -1,5 +1,7 @@
 """`hfprune prune`: from a model to a smaller one in a folder, with a card that says what was done and what it cost."""
 
+import argparse
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -98,7 +100,10 @@ def _recipes() -> str:
 def _spec(text: str):
     import yaml
 
-    return yaml.safe_load(text)
+    with contextlib.suppress(yaml.YAMLError):
+        if isinstance(spec := yaml.safe_load(text), str | dict):
+            return spec
+    raise argparse.ArgumentTypeError(f"{text!r} is no name, nor {{name: {{setting: value}}}}: put it in quotes")
 
 
 def _prune(options) -> int:
