@@ -61,6 +61,31 @@ def test_every_study_of_the_kit_has_a_forecast():
         assert all(need.seconds > 0 and need.memory > 0 and need.disk > 0 for need in needs.values()), path.stem
 
 
+def test_memory_counts_the_sums_of_every_weight_and_pair():
+    """Scoring all criteria of offline-methods took 11 GB on SmolLM2-135M."""
+    assert forecast.by_stage(study.load("offline-methods"))["scoring"]["memory"] == pytest.approx(11, rel=0.1)
+    known, windows = forecast.rates(), {"n_windows": 32, "seq_len": 256}
+    few, subsets = (
+        STAGES["scoring"].memory({"model": "smollm2-135m", "calibration": "", "criteria": [spec]}, known, lambda _: windows)
+        for spec in ("wanda", {"saap": {"subsets": 4}})
+    )
+    # Of gate, up and down: float64 sums of four subsets, and what two windows of 256 tokens add.
+    assert subsets == pytest.approx(8 * (4 + 2) * 30 * 1536 * 3 * 576 / 1e9) and few < 0.01
+
+
+def test_memory_counts_what_rounds_and_a_repair_keep():
+    known, windows = forecast.rates(), {"n_windows": 32, "seq_len": 256}
+    chosen = {"model": "smollm2-135m", "criteria": ["wanda", "obs"], "calibration": "windows"}
+    pruning = {"model": "smollm2-135m", "scores": "scores", "criterion": "obs"}
+
+    def memory(**changes):
+        return STAGES["pruning"].memory(pruning | changes, known, {"scores": chosen, "windows": windows}.get)
+
+    assert memory() == 0 and memory(rounds=2, criterion="wanda") < 0.01
+    assert memory(compensation="flap_bias") == pytest.approx(30 * 1536**2 * 8 / 1e9)
+    assert memory(rounds=2) == pytest.approx((1 + 2) * 30 * 1536**2 * 8 / 1e9)
+
+
 def test_more_workers_never_take_longer_and_done_jobs_cost_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("HFPRUNE_HOME", str(toys.write_project(tmp_path)))
     monkeypatch.delenv("HFPRUNE_RESULTS", raising=False)
@@ -68,7 +93,7 @@ def test_more_workers_never_take_longer_and_done_jobs_cost_nothing(tmp_path, mon
     unit = dict.fromkeys(("calibration", "scoring", "pruning", "recovery", "evaluation", "figures"), 1.0)
     known = {
         "devices": {"cpu": {"startup_seconds": 3.0, "seconds_per_unit": unit, "base_gb": 1, "gb_per_billion_parameters": {}}},
-        "models": {"default": 1}, "tasks": {"default": {"items": 5, "tokens": 2}}, "neurons_per_parameter": 1,
+        "models": {"default": 1}, "tasks": {"default": {"items": 5, "tokens": 2}}, "mlps": {"default": [1, 1, 1]},
     }  # fmt: skip
     for each in STAGES.values():
         monkeypatch.setattr(type(each), "work", lambda *_: (1, 0))

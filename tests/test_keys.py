@@ -232,6 +232,9 @@ class Rule(Base):
 
     def value(self, logits):
         return logits + 1  # a remark
+
+    def numbers_per_neuron(self, width, hidden):
+        return width
 '''
 
 
@@ -241,6 +244,7 @@ class Rule(Base):
         ("a paper", "another paper", True),
         ("More words", "Other words", True),
         ("  # a remark", "", True),
+        ("return width", "return 2 * width", True),
         ("logits + 1", "logits + 2", False),
         ("def value", "def gradient", False),
     ],

@@ -12,7 +12,7 @@ from hfprune_nb import criteria, models
 from hfprune_nb.criteria import WeightGradientCriterion, noise
 from hfprune_nb.errors import UserError
 from hfprune_nb.method import scoring
-from hfprune_nb.method.scoring import backward
+from hfprune_nb.method.scoring import accumulator, backward
 from hfprune_nb.models.hooks import replaced
 
 QUIET = {"progress": False}
@@ -40,6 +40,25 @@ def label_gradient(labels):
         return torch.softmax(logits, -1) - torch.nn.functional.one_hot(labels, logits.shape[1])
 
     return cotangent
+
+
+def test_every_criterion_says_how_many_numbers_it_sums_for_each_neuron(tiny, token_windows, monkeypatch):
+    """What a forecast counts as memory, in the sums that the engine keeps: one for each snapshot, or for each subset."""
+    variants = [
+        *({name: {}} for name in criteria.names() if name not in ("ablation", "policy_gradient")),
+        {"gblm": {"p": 2}, "as": "gblm_2"},
+        *({"llm_pruner": {"granularity": "element", "order": order}, "as": order} for order in ("first", "second", "mixed")),
+        {"llm_bip": {"norm": "relative"}, "as": "relative"},
+        {"saap": {"subsets": 3}, "as": "saap_3"},
+    ]
+    found, merged = {}, accumulator.Accumulator.merged
+    monkeypatch.setattr(accumulator.Accumulator, "merged", lambda sums: found.update(sums.sums) or merged(sums))
+    scoring.score(tiny("llama"), token_windows, variants, batch_size=4, **QUIET)
+    for variant in criteria.variants(variants):
+        rows = [rows[1] for name, rows in found.items() if name.startswith(f"{variant.name}/")]
+        kept = variant.create().subsets or len(accumulator.snapshot_counts(len(token_windows)))
+        expected = variant.create().numbers_per_neuron(40, 16) if variant.criterion.reads_text else 0
+        assert sum(row.numel() for row in rows) == kept * 40 * expected, variant.name
 
 
 # Activations

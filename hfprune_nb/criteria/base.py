@@ -50,6 +50,13 @@ class Criterion(Member, ABC):
     passes = Passes()
     subsets = 0
 
+    def numbers_per_neuron(self, width: int, hidden: int) -> int:
+        """Return how many numbers a window gives for each neuron of a layer of `width` neurons in a model of size `hidden`.
+
+        That is what is summed in memory: more than a few where `statistics` keeps every weight or pair of neurons.
+        """
+        return 1
+
 
 class LogitCriterion(Criterion):
     """A scalar C of the logits at each position, with its closed-form gradient.
@@ -140,6 +147,10 @@ class GateCriterion(Criterion):
     def needs(self) -> tuple[str, ...]:
         """What the terms need, as `LogitCriterion.needs`."""
         return tuple(dict.fromkeys(name for criterion, _ in self.terms.values() for name in criterion.needs))
+
+    def numbers_per_neuron(self, width, hidden):
+        """Return one number for each term."""
+        return len(self.terms)
 
     @abstractmethod
     def importance(self, sums: dict[str, Tensor], windows: int, seq_len: int) -> Tensor:

@@ -18,6 +18,9 @@ class FLAP(ActivationCriterion):
         "metric": Setting("wifv", "what the score is", choices={"wifv": "weighted variance", "ifv": "variance of the activation"})
     }
 
+    def numbers_per_neuron(self, width, hidden):
+        return 2
+
     def statistics(self, hidden):
         wide = hidden.double()
         return {"squares": wide.square().sum(1), "sums": wide.sum(1)}

@@ -29,6 +29,9 @@ class GBLM(WeightGradientCriterion):
         super().__init__(**settings)
         self.subsets = self.p - 1  # sums of the 1-norm are one number for each neuron
 
+    def numbers_per_neuron(self, width, hidden):
+        return 2 if self.p == 1 else 1 + hidden
+
     def statistics(self, weights, gradients, hidden):
         down, slope = weights[-1], gradients[-1]
         size = (down.abs() * slope.abs()).sum(1) if self.p == 1 else slope.square()

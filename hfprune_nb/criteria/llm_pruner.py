@@ -43,6 +43,11 @@ class LLMPruner(WeightGradientCriterion):
             raise UserError(f"criterion '{cls.name}': order is of elements: leave it out, or add granularity element.")
         return complete
 
+    def numbers_per_neuron(self, width, hidden):
+        if self.granularity == "vector":
+            return 3
+        return 3 * hidden * (2 if self.order == "mixed" else 1)
+
     def statistics(self, weights, gradients):
         products = {part: w * g for part, w, g in zip(("gate", "up", "down"), weights, gradients, strict=True)}
         if self.granularity == "vector":

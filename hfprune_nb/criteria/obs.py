@@ -18,6 +18,9 @@ class OBS(ActivationCriterion):
     settings = {"damping": DAMPING}
     subsets = 1
 
+    def numbers_per_neuron(self, width, hidden):
+        return width
+
     def statistics(self, hidden):
         wide = hidden.double()
         return {"products": wide.mT @ wide}

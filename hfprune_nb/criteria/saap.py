@@ -28,6 +28,9 @@ class SAAP(WeightGradientCriterion):
         "subsets": Setting(8, "the number of disjoint subsets of windows", low=2),
     }
 
+    def numbers_per_neuron(self, width, hidden):
+        return 3 * hidden
+
     def statistics(self, weights, gradients):
         return {part: w * g for part, w, g in zip(("gate", "up", "down"), weights, gradients, strict=True)}
 

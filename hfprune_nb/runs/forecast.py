@@ -66,7 +66,8 @@ def need(stage: str, parameters: dict, known: dict, ancestor: Callable[[str], di
     amount, tokens = STAGES[stage].work(parameters, known, ancestor)
     size = model_size(parameters, known)
     seconds = rate["startup_seconds"] + amount * rate["seconds_per_unit"].get(stage, 0)
-    memory = rate["base_gb"] + rate["gb_per_billion_parameters"].get(stage, 0) * size / 1e9 + STAGES[stage].memory(parameters)
+    memory = rate["base_gb"] + rate["gb_per_billion_parameters"].get(stage, 0) * size / 1e9
+    memory += STAGES[stage].memory(parameters, known, ancestor)
     return Need(seconds, tokens, memory, STAGES[stage].disk(parameters, size, known))
 
 
@@ -117,10 +118,12 @@ def fit(studies: list[tuple[dict, float]], known: dict) -> dict:
             stage, parameters = card["stage"], card["parameters"]
             if device(parameters) != "cpu":
                 continue
-            amount, _ = STAGES[stage].work(parameters, known, lambda reference, cards=cards: cards[reference]["parameters"])
+            ancestor = functools.partial(_parameters, cards)
+            amount, _ = STAGES[stage].work(parameters, known, ancestor)
             seconds.setdefault(stage, []).append(card["seconds"] / amount)
             size = model_size(parameters, known)
-            memory.setdefault(stage, []).append(max(0.0, card["peak_memory_bytes"] / 1e9 - 0.6) / (size / 1e9))
+            of_model = card["peak_memory_bytes"] / 1e9 - 0.6 - STAGES[stage].memory(parameters, known, ancestor)
+            memory.setdefault(stage, []).append(max(0.0, of_model) / (size / 1e9))
     before = known["devices"]["cpu"]
     return before | {
         "startup_seconds": round(statistics.median(startup for _, startup in studies), 2),
@@ -129,6 +132,10 @@ def fit(studies: list[tuple[dict, float]], known: dict) -> dict:
         "gb_per_billion_parameters": before["gb_per_billion_parameters"]
         | {name: round(statistics.median(v), 2) for name, v in memory.items() if name not in ("figures", "questions")},
     }
+
+
+def _parameters(cards: dict, reference: str) -> dict:
+    return cards[reference]["parameters"]
 
 
 def _short(value: float) -> float:

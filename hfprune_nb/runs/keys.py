@@ -24,8 +24,8 @@ from hfprune_nb.runs.stages import STAGES
 
 # What of a model's folder decides what the model is; trainers leave other and larger files beside it.
 MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".py", ".jinja"}
-# Assignments of a class that are words for readers.
-WORDS = {"label", "source", "unit", "rank"}
+# Members of a class that decide no result: words for readers, and what forecasts ask.
+WORDS = {"label", "source", "unit", "rank", "numbers_per_neuron"}
 
 
 def address(stage: str, parameters: dict) -> str:
@@ -115,4 +115,5 @@ def code_hash(text: str) -> str:
 def _is_words(line: ast.stmt) -> bool:
     if isinstance(line, ast.Expr):
         return isinstance(line.value, ast.Constant)
-    return isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") in WORDS
+    name = getattr(line.targets[0], "id", "") if isinstance(line, ast.Assign) else getattr(line, "name", "")
+    return name in WORDS

@@ -121,14 +121,19 @@ class Stage:
         """Return the GB that a run on a model of `size` parameters writes; here a notebook with its tables."""
         return 0.002
 
-    def memory(self, parameters: dict) -> float:
-        """Return the GB of main memory that a run takes beyond what its model does."""
+    def memory(self, parameters: dict, known: dict, ancestor: Callable[[str], dict]) -> float:
+        """Return the GB of memory that a run takes beyond what its model does; arguments as `work`."""
         return 0.0
 
 
 def size(parameters: dict, known: dict) -> float:
     """Return the number of parameters of a run's model, as far as the rates know it."""
     return known["models"].get(parameters.get("model"), known["models"]["default"])
+
+
+def mlps(parameters: dict, known: dict) -> tuple[int, int, int]:
+    """Return the layers, the neurons of each, and the hidden size of a run's model, as far as the rates know it."""
+    return tuple(known["mlps"].get(parameters.get("model"), known["mlps"]["default"]))
 
 
 def source(member: type) -> Path:

@@ -21,7 +21,7 @@ class Calibration(Stage):
         documents = parameters["n_windows"] / large["share_of_long_documents"] if large else 0
         return 1 + documents / known["documents_per_calibration"], 0
 
-    def memory(self, parameters):
+    def memory(self, parameters, known, ancestor):
         return 20 * _tokens(parameters) / 1e9  # four bytes a token while they are gathered, then stacked, then eight
 
     def disk(self, parameters, size, known):

@@ -2,7 +2,7 @@
 
 from hfprune_nb import allocations, criteria
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs.stages.base import Input, Stage, size, source
+from hfprune_nb.runs.stages.base import Input, Stage, mlps, size, source
 from hfprune_nb.runs.stages.scoring import Scoring
 
 
@@ -81,10 +81,23 @@ class Pruning(Stage):
         """Return the work and the tokens of all rounds but the first, which was scored before."""
         if parameters.get("rounds", 1) == 1:
             return 0, 0
-        scored, again = ancestor(parameters["scores"]), parameters["rounds"] - 1
-        specs = [variant.spec for variant in criteria.variants(scored["criteria"]) if variant.name == parameters["criterion"]]
-        amount, tokens = Scoring().work(scored | {"criteria": specs}, known, ancestor)
+        again = parameters["rounds"] - 1
+        amount, tokens = Scoring().work(self._scored_again(parameters, ancestor), known, ancestor)
         return again * amount, again * tokens
+
+    def memory(self, parameters, known, ancestor):
+        layers, width, _ = mlps(parameters, known)
+        squares = 8 * layers * width**2 / 1e9 if parameters.get("compensation", "none") != "none" else 0
+        if parameters.get("rounds", 1) == 1:
+            return squares
+        scored = self._scored_again(parameters, ancestor)
+        return max(squares, Scoring().memory(scored, known, ancestor))
+
+    def _scored_again(self, parameters, ancestor):
+        """Return the parameters of a scoring by this run's criterion alone."""
+        scored = ancestor(parameters["scores"])
+        chosen = [variant.spec for variant in criteria.variants(scored["criteria"]) if variant.name == parameters["criterion"]]
+        return scored | {"criteria": chosen}
 
     def _measured(self, parameters, known, ancestor):
         """Return the tokens that pass the model while the allocation measures."""
@@ -92,7 +105,7 @@ class Pruning(Stage):
         if not issubclass(variant.member, allocations.MeasuredRule):
             return 0
         windows = ancestor(ancestor(parameters["scores"])["calibration"])
-        passes = 1 + variant.member.measurements * known["layers"] / 2
+        passes = 1 + variant.member.measurements * mlps(parameters, known)[0] / 2
         return passes * variant.settings["windows"] * windows["seq_len"]
 
     def disk(self, parameters, size, known):

@@ -1,7 +1,10 @@
 """Stage 02: the importance of every neuron by every criterion."""
 
 from hfprune_nb import allocations, criteria
-from hfprune_nb.runs.stages.base import Input, Stage, size, source
+from hfprune_nb.runs.stages.base import Input, Stage, mlps, size, source
+
+# Tokens in a batch whose size is left to the engine, on a CPU; on a GPU it takes more where they fit.
+SMALL_BATCH = 512
 
 
 class Scoring(Stage):
@@ -37,8 +40,21 @@ class Scoring(Stage):
         passes = [variant.passes for variant in criteria.variants(parameters["criteria"])]
         # One forward pass of the dense model serves all criteria.
         count = any(each.forward for each in passes) + sum(max(0, each.forward - 1) + each.backward for each in passes)
-        count += sum(each.per_neuron for each in passes) * known["neurons_per_parameter"] * size(parameters, known)
+        layers, width, _ = mlps(parameters, known)
+        count += sum(each.per_neuron for each in passes) * layers * width
         return tokens * count * size(parameters, known), tokens * count
 
+    def memory(self, parameters, known, ancestor):
+        # float64 sums for each snapshot or subset of the windows, and what one batch adds to them.
+        windows = ancestor(parameters["calibration"])
+        batch = parameters.get("batch_size") or max(1, SMALL_BATCH // windows["seq_len"])
+        layers, width, hidden = mlps(parameters, known)
+        numbers = 0
+        for criterion in [variant.create() for variant in criteria.variants(parameters["criteria"])]:
+            kept = criterion.subsets or windows["n_windows"].bit_length() + 1
+            numbers += (kept + min(batch, windows["n_windows"])) * criterion.numbers_per_neuron(width, hidden)
+        return 8 * numbers * layers * width / 1e9
+
     def disk(self, parameters, size, known):
-        return len(parameters["criteria"]) * known["neurons_per_parameter"] * size * 8 * 16 / 1e9
+        layers, width, _ = mlps(parameters, known)
+        return len(parameters["criteria"]) * layers * width * 8 * 16 / 1e9
