@@ -184,6 +184,15 @@ def test_criteria_that_score_no_groups_are_refused(grouped, token_windows):
             scoring.score(grouped(), token_windows, [criterion], attention_groups=True, progress=False)
 
 
+def test_criteria_that_score_groups_do_so_beside_others_that_do_not(grouped, token_windows):
+    settings = {"attention_groups": True, "progress": False}
+    alone = scoring.score(grouped(), token_windows, ["entropy", "wanda"], **settings)
+    others = ["flap", "magnitude", "llm_pruner", {"entropy": {"aggregation": "weight"}, "as": "weight"}]
+    beside = scoring.score(grouped(), token_windows, ["entropy", *others, "wanda"], **settings)
+    assert_equal(beside.groups, alone.groups, exact=True)
+    assert len(beside.importance) == 6 and beside.importance["flap"][0].shape == beside.importance["entropy"][0].shape
+
+
 def some_importance(model, seed=0):
     """Random importance of neurons and groups, by layer."""
     random, kinds = torch.Generator().manual_seed(seed), (models.gated_mlps(model), models.attention_groups(model))
@@ -353,3 +362,33 @@ def test_a_study_of_splits_is_refused_before_anything_runs(tmp_path):
             study.load(tmp_path / "study.yaml")
     (scoring_job,) = [job for job in study.load("offline-attention").jobs if job.stage == "scoring"]
     assert scoring_job.parameters["attention_groups"] is True
+
+
+@pytest.mark.parametrize(
+    ("lines", "left"),
+    [
+        (
+            "criteria: [entropy, wanda, magnitude]\nattention_splits: [none, proportional, measured]",
+            ["entropy", "entropy, proportional", "entropy, measured", "wanda", "wanda, proportional", "magnitude"],
+        ),
+        ("criteria: [magnitude]\nattention_splits: [none, measured]", ["magnitude"]),
+        (
+            "criteria: [entropy]\nattention_splits: [none, proportional]\naxes: {pruning: {rounds: [1, 2]}}",
+            ["entropy", "entropy, 2", "entropy, proportional"],
+        ),
+        (
+            "criteria: [wanda]\nallocations: [uniform, global_normalised]\naxes: {pruning: {rounds: [1, 2]}}",
+            ["wanda", "wanda, 2", "wanda, global_normalised"],
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_left_out_on_request(lines, left, tmp_path):
+    """Criteria that score no groups or not comparably, rounds with a split, rounds with an allocation that needs scores."""
+    common = "models: [tiny-random-llama]\nseeds: [0]\nratios: [0.1]\nimpossible: skip\n"
+    (tmp_path / "study.yaml").write_text(common + lines)
+    jobs = study.load(tmp_path / "study.yaml").jobs
+    told = ("criterion", "allocation", "rounds", "attention_split")
+    points = [[str(job.point[name]) for name in told if name in job.point] for job in jobs if job.stage == "pruning"]
+    assert sorted(", ".join(point) for point in points) == sorted(left)
+    (scoring_job,) = [job for job in jobs if job.stage == "scoring"]
+    assert scoring_job.parameters["attention_groups"] == any("proportional" in point for point in left)

@@ -85,15 +85,21 @@ def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
 
 
 def check_groups(chosen: Iterable[Variant]) -> None:
-    """Raise UserError for a criterion that scores no attention groups."""
-    if others := [variant.name for variant in chosen if not variant.of_groups]:
+    """Raise UserError where none of the criteria scores attention groups."""
+    chosen = list(chosen)
+    if not any(variant.of_groups for variant in chosen):
         raise UserError(
-            f"attention_groups: criterion '{others[0]}' scores no attention groups: leave it out, or switch attention_groups off."
+            f"attention_groups: criterion '{chosen[0].name}' scores no attention groups: add one that does, or switch "
+            "attention_groups off."
         )
 
 
 def check_split(split: str, variant: Variant) -> None:
-    """Raise UserError where the `measured` split would rank neurons and attention groups by scores that cannot be compared."""
+    """Raise UserError for a criterion that scores no attention groups, or, with `measured`, not comparably with neurons."""
+    if split != "none" and not variant.of_groups:
+        raise UserError(
+            f"attention_split '{split}': criterion '{variant.name}' scores no attention groups: choose none, or another criterion."
+        )
     if split == "measured" and not variant.between_layers:
         raise UserError(
             f"attention_split 'measured' ranks units of all layers together, and scores of criterion '{variant.name}' are not "

@@ -74,7 +74,7 @@ class Study:
 
     @property
     def skips_impossible(self) -> bool:
-        """Whether a criterion with an allocation that cannot use its scores is left out, and not refused."""
+        """Whether a combination that cannot be, such as a criterion's scores with an allocation or a split, is left out."""
         return self.content.get("impossible") == "skip"
 
     def variant(self, name: str):

@@ -107,7 +107,7 @@ def _targets(criteria, compiled, groups) -> list[_Target]:
                 target.statistics[name] = _sdmprune
             else:
                 target.reductions[f"{name}/importance"] = functions[criterion.reduction]
-                if groups:
+                if groups and criterion.of_groups:
                     target.groups[f"{name}/{ATTENTION}importance"] = functions[criterion.reduction]
             if not of_weights:
                 target.values.append(name)
@@ -211,7 +211,8 @@ class Reader:
         return (batch.shape[1] - target.criterion.only_labelled) * target.criterion.draws
 
     def _forward(self, batch):
-        of_groups = collected(self.model, self.activations, attention_groups) if self.groups else contextlib.nullcontext({})
+        scoring = {name: criterion for name, criterion in self.activations.items() if self.groups and criterion.of_groups}
+        of_groups = collected(self.model, scoring, attention_groups)
         with collected(self.model, self.activations) as found, of_groups as others:
             hidden = final_hidden(self.model, batch)
         return hidden, found | {key.replace("/", f"/{ATTENTION}", 1): rows for key, rows in others.items()}

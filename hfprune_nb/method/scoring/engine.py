@@ -93,14 +93,14 @@ def score(
         a minute to compile there and ran no faster.
     activation_checkpointing : keep each layer's input only, and compute each layer a second time, with its graph, when the
         gradients of all criteria go back through it: one more forward, and the memory of one layer. For long windows.
-    attention_groups : score the key-value groups of the attention as well, by what they give to `o_proj` and the same gradients,
+    attention_groups : score the key-value groups of the attention as well, by the criteria that can: by what they give to `o_proj` and the same gradients,
         the products of a group's channels being summed before anything else; by activations as Wanda-sp, summed over channels.
     checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every` windows
         and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
         files of any other run are ignored.
 
     Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
-    memory, scores that are NaN or all equal, and, with `attention_groups`, criteria that score none.
+    memory, scores that are NaN or all equal, and, with `attention_groups`, where no criterion scores any.
     """
     chosen, windows = {variant.name: variant.create() for variant in registry.variants(criteria)}, np.asarray(windows)
     _check(chosen, batch_size, chunk_size, checkpoint_every)
@@ -172,13 +172,13 @@ def score(
     of_groups = {
         name: _closed_groups(name, criterion, scoring_pass.attention, groups, np.size(windows))
         for name, criterion in chosen.items()
-        if groups
+        if groups and criterion.of_groups
     }
     return Scores(importance, mean_value, tokens, seconds, scoring_pass.batch_size, snapshots, notes, of_groups)
 
 
 def _groups(model, chosen):
-    """Return the model's attention groups; raise UserError where a criterion scores none, and what `check_groups` raises."""
+    """Return the model's attention groups; raise UserError where no criterion scores them, and what `check_groups` raises."""
     registry.check_groups(chosen)
     check_groups(model)
     return units.attention_groups(model)

@@ -37,14 +37,18 @@ class Pruning(Stage):
                 raise UserError(f"{name} {value:g} must lie between 0 and 1: write 20 % as 0.2")
         if len(ratios) != 1:
             raise UserError("give either ratio (of all parameters) or neuron_ratio (of the MLP neurons), and 0 for the other")
+        if (rounds := values.get("rounds", 1)) < 1:
+            raise UserError(f"rounds {rounds} must be 1, or above to score what is left again in between")
+        self._check_combination(values, rule)
+
+    def _check_combination(self, values, rule):
+        """Raise UserError for values that are right, each by itself, and cannot go together."""
         rounds = values.get("rounds", 1)
         if values.get("attention_split", "none") != "none":
-            if values["neuron_ratio"]:
+            if values.get("neuron_ratio"):
                 raise UserError("attention_split shares out a ratio of all parameters: give ratio in place of neuron_ratio")
             if rounds != 1:
                 raise UserError("rounds score neurons anew and no attention groups: set rounds to 1, or attention_split to none")
-        if rounds < 1:
-            raise UserError(f"rounds {rounds} must be 1, or above to score what is left again in between")
         if rounds > 1 and not rule.member.in_rounds:
             raise UserError(f"allocation '{rule.name}' cannot share out in rounds: set rounds to 1, or choose another allocation")
 
@@ -52,10 +56,12 @@ class Pruning(Stage):
         seeds = grid.study.axes["calibration"].get("seed", [])
         for values in grid.combinations(self.name):
             variant = grid.study.variant(values["criterion"])
-            (rule,) = allocations.variants((grid.study.sections[self.name] | values).get("allocation", "uniform"))
+            given = grid.study.sections[self.name] | values
+            (rule,) = allocations.variants(given.get("allocation", "uniform"))
             try:
-                criteria.check_split(values.get("attention_split", "none"), variant)
+                criteria.check_split(given.get("attention_split", "none"), variant)
                 allocations.check(rule, variant)
+                self._check_combination(given, rule)
             except UserError:
                 if grid.study.skips_impossible:
                     continue

@@ -28,8 +28,8 @@ class Scoring(Stage):
             (variant,) = allocations.variants(allocation)
             wanted = criteria.with_missing(wanted, variant.member.reads)
         splits = study.axes["pruning"].get("attention_split", [study.sections["pruning"].get("attention_split", "none")])
-        groups = {"attention_groups": True} if set(splits) != {"none"} else {}
-        return {"criteria": wanted} | groups
+        groups = set(splits) != {"none"} and any(variant.of_groups for variant in study.variants)
+        return {"criteria": wanted} | ({"attention_groups": True} if groups else {})
 
     def sources(self, parameters):
         return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
