@@ -78,6 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
         (["--ratio", "0.2", "--criterion", "entropi"], "did you mean"),
         (["--ratio", "0.2", "--criterion", "magnitude", "--allocation", "global"], "are not comparable between layers"),
         (["--ratio", "0.2", "--compensation", "magic"], "compensation 'magic' is unknown"),
+        (["--ratio", "0.2", "--allocation", "{depth: {windows: 9}}"], "measures on 9 calibration windows, and there are 8"),
         (["--ratio", "0.9"], "cannot be reached"),
         (["--ratio", "0.2", "--windows", "100000"], "lower n_windows"),
     ],

@@ -320,6 +320,9 @@ def test_allocations_are_an_axis_and_suit_their_criteria(project):
     loaded = study.load("wide")
     assert jobs(loaded, "scoring")[0].parameters["criteria"] == [{"wanda": {}, "as": "norms"}, "magnitude"]
     assert len(jobs(loaded, "pruning")) == 4, "one for each seed, as the allocation reads text where the criterion does not"
+    toys.write_study(project, "wide", allocations=["sensitivity"], calibration={"n_windows": 3})
+    with pytest.raises(UserError, match="'sensitivity' measures on 4 calibration windows, and there are 3"):
+        study.load("wide")
     toys.write_study(project, "wide", allocations=["globel"])
     with pytest.raises(UserError, match="did you mean 'global'"):
         study.load("wide")

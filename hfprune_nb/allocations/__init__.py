@@ -21,6 +21,7 @@ __all__ = [
     "Units",
     "allocate",
     "check",
+    "check_windows",
     "create",
     "lowest",
     "names",
@@ -57,6 +58,15 @@ def check(allocation: Variant, criterion: Variant) -> None:
         raise UserError(
             f"allocation '{allocation.name}' ranks neurons of all layers together, and scores of criterion '{criterion.name}' "
             "are not comparable between layers: choose allocation uniform, or a criterion in units of the model's output."
+        )
+
+
+def check_windows(allocation: Variant, windows: int) -> None:
+    """Raise UserError for an allocation that measures on more calibration windows than there are."""
+    if (needed := allocation.settings.get("windows", 0)) > windows:
+        raise UserError(
+            f"allocation '{allocation.name}' measures on {needed} calibration windows, and there are {windows}: lower its setting "
+            "windows, or take more."
         )
 
 

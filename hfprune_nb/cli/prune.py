@@ -107,12 +107,14 @@ def _spec(text: str):
 
 
 def _prune(options) -> int:
+    from hfprune_nb import allocations
     from hfprune_nb.files import claim, write_json
     from hfprune_nb.inputs import hub, shares
     from hfprune_nb.runs import recipes
 
     changes = {name: getattr(options, name) for name in ("criterion", "allocation", "compensation")}
     recipe = recipes.find(options.recipe, **changes)
+    allocations.check_windows(recipe.allocation, options.windows)
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already: name a new folder")

@@ -67,6 +67,7 @@ class Pruning(Stage):
                     continue
                 raise
             for job in grid.of("scoring"):
+                allocations.check_windows(rule, grid.jobs[job.parameters["calibration"]].parameters["n_windows"])
                 # One seed says all about a criterion that reads weights alone, unless the allocation reads text.
                 if variant.criterion.seeded or rule.member.needs or job.point["seed"] == seeds[0]:
                     own = {"model": job.point["model"], "seed": job.point["seed"], "scores": job.reference}
