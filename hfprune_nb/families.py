@@ -141,13 +141,14 @@ class Family:
     """The members that a package holds, one file each: a new file is a new member.
 
     package : its dotted name; base : what members derive from; plural : what messages call them; variant : the class of what
-    `variants` returns.
+    `variants` returns. registered : members of this process alone.
     """
 
     package: str
     base: type[Member]
     plural: str
     variant: type[Variant] = Variant
+    registered: dict[str, type[Member]] = dataclasses.field(default_factory=dict)
 
     def classes(self) -> dict[str, type[Member]]:
         """Return the members by name."""
@@ -155,7 +156,24 @@ class Family:
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
             members = vars(importlib.import_module(f"{self.package}.{module.name}")).values()
             found |= {c.name: c for c in members if inspect.isclass(c) and issubclass(c, self.base) and "name" in vars(c)}
-        return dict(sorted(found.items()))
+        return dict(sorted((found | self.registered).items()))
+
+    def register(self, member: type[Member]) -> type[Member]:
+        """Make a class that stands in no file of the package, such as one of a notebook's cell, a member in this process.
+
+        Returns it, so that it serves as a decorator; a class of the same name that was registered before is replaced. Raises
+        UserError for a class that is no such member, lacks a fact or a method, or has the name of a file's.
+        """
+        noun = self.base.noun
+        if not (inspect.isclass(member) and issubclass(member, self.base)):
+            raise UserError(f"{member!r} is no {noun}: derive it from one of the classes in {self.package}.base.")
+        lacking = [fact for fact in ("name", "label", "source") if not hasattr(member, fact)]
+        if lacking := lacking + sorted(getattr(member, "__abstractmethods__", ())):
+            raise UserError(f"{noun} {member.__name__} lacks {', '.join(lacking)}: add what {self.package}.base says of it.")
+        if member.name in self.classes().keys() - self.registered.keys():
+            raise UserError(f"{noun} '{member.name}' is there already: give {member.__name__} another name.")
+        self.registered[member.name] = member
+        return member
 
     def find(self, name: str) -> type[Member]:
         """Return the member called `name`; raise UserError for an unknown one."""

@@ -10,8 +10,9 @@ import torch
 from hfprune_nb import criteria
 from hfprune_nb.criteria import Criterion
 from hfprune_nb.errors import UserError
-from hfprune_nb.families import BASES
+from hfprune_nb.families import BASES, Family
 from hfprune_nb.report.style import Legend
+from hfprune_nb.runs.stages.base import source
 
 LOGIT_CRITERIA = [
     ("one_hot_ce", {}),
@@ -211,3 +212,44 @@ def test_bad_specs_are_refused_in_one_sentence(specs, words):
     with pytest.raises(UserError, match=words) as caught:
         criteria.variants(specs)
     assert "\n" not in str(caught.value)
+
+
+# Registered classes
+
+
+def test_a_class_of_a_notebook_is_a_member_of_its_process():
+    family = Family("hfprune_nb.criteria", Criterion, "criteria", criteria.Variant)
+
+    class Guess(criteria.LogitCriterion):
+        name, label, source = "guess", "Guess", "test"
+
+        def value_and_gradient(self, logits):
+            return logits[:, 0], logits
+
+    assert family.register(Guess) is Guess and family.find("guess") is Guess
+    (variant,) = family.variants([{"guess": {"reduction": "square"}, "as": "squared"}])
+    assert variant.label == "Guess (squared per token)" and "guess" not in criteria.names()
+    again = type("Again", (Guess,), {"name": "guess"})
+    family.register(again)
+    assert family.find("guess") is again, "a cell that is run again counts"
+
+
+def test_what_is_no_whole_criterion_is_not_registered():
+    family = Family("hfprune_nb.criteria", Criterion, "criteria", criteria.Variant)
+    facts = {"name": "guess", "label": "Guess", "source": "test"}
+    for wrong, words in (
+        ("guess", "'guess' is no criterion: derive it"),
+        (type("Loose", (), facts), "is no criterion: derive it"),
+        (type("Nameless", (criteria.LogitCriterion,), {"label": "Guess"}), "Nameless lacks name, source, value_and_gradient"),
+        (type("Twin", (type(criteria.create("entropy")),), {}), "'entropy' is there already: give Twin another name"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            family.register(wrong)
+        assert "\n" not in str(caught.value) and not family.registered
+
+
+def test_a_result_has_no_key_with_a_criterion_that_is_in_no_file():
+    made = type("Guess", (criteria.LogitCriterion,), {"name": "guess", "__module__": "nowhere"})
+    with pytest.raises(UserError, match="criterion 'guess' is in no file"):
+        source(made)
+    assert source(type(criteria.create("entropy"))).name == "entropy.py"

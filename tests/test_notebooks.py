@@ -10,9 +10,12 @@ from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import yaml
+from click.testing import CliRunner
+from papermill.cli import papermill as papermill_command
 
 from hfprune_nb.cost import generation
 from hfprune_nb.errors import UserError
@@ -20,11 +23,12 @@ from hfprune_nb.measure import tasks
 from hfprune_nb.method import compensation
 from hfprune_nb.method.recovery import recipes
 from hfprune_nb.models import loading
-from hfprune_nb.runs import grid, parameters, stages, study
+from hfprune_nb.runs import grid, kernel, parameters, stages, study
 from hfprune_nb.runs.stages.base import CHOICES
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+WITHOUT_STAGE = {"00_study.ipynb", "11_new_criterion.ipynb"}
 STAGES = {path.name: name for name, path in ((name, FOLDER / entry.notebook) for name, entry in stages.STAGES.items())}
 STUDIES = sorted((FOLDER / "studies").glob("*.yaml"))
 IMPORTS = (ast.Import, ast.ImportFrom)
@@ -57,7 +61,7 @@ def parameters_cell(path):
 
 
 def test_the_chain_is_complete():
-    assert [path.name for path in NOTEBOOKS] == ["00_study.ipynb", *STAGES]
+    assert [path.name for path in NOTEBOOKS] == sorted({*WITHOUT_STAGE, *STAGES})
 
 
 @every_notebook
@@ -82,8 +86,18 @@ def test_parameters_are_typed_explained_literals(path):
         kinds = [kind.strip().split("[")[0] for kind in known[target.id].type.split("|")]
         assert type(ast.literal_eval(line.value)).__name__ in kinds, ast.unparse(line)
         assert line.end_lineno in comments, f"no comment behind {target.id}"
-    assert list(papermill.inspect_notebook(path)) == list(known), "papermill warns of what it cannot read"
     assert len(comments) == len(text.splitlines()), "one line each, nothing else"
+
+
+@every_notebook
+def test_papermill_prints_what_each_parameter_is(path):
+    answer = CliRunner().invoke(papermill_command, ["--help-notebook", str(path)])
+    assert answer.exit_code == 0, answer.output
+    told = papermill.inspect_notebook(path)
+    assert list(told) == list(parameters.notebook_parameters(path)), "papermill warns of what it cannot read"
+    for name, parameter in told.items():
+        assert f"\n  {name}: " in answer.output
+        assert len(parameter["help"].split()) > 1 and parameter["help"][:3] != "or ", f"{name} is not explained: {parameter}"
 
 
 @every_notebook
@@ -96,7 +110,9 @@ def test_nothing_is_executed_or_stored(path):
 def test_nothing_is_defined_in_a_notebook(path):
     for text in code(path):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        assert not [node.name for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+        defined = [node for node in ast.parse(text).body if isinstance(node, kinds)]
+        # But a criterion that is registered, which notebook 11 is about.
+        assert all(path.stem == "11_new_criterion" and node.decorator_list for node in defined), text
 
 
 @every_notebook
@@ -152,6 +168,22 @@ def test_shared_parameters_mean_the_same_everywhere():
         for name, parameter in parameters.notebook_parameters(path).items():
             kinds.setdefault(name, set()).add(parameter.type)
     assert not {name: found for name, found in kinds.items() if len(found) > 1}
+
+
+def test_a_new_criterion_is_compared_with_intervals(tmp_path):
+    """The notebook on a tiny random model: its class is registered, tested, scored, pruned with and judged."""
+    notebook, executed = FOLDER / "11_new_criterion.ipynb", tmp_path / "executed.ipynb"
+    assert len(code(notebook)) == 10 and statistics.median(len(text.splitlines()) for text in code(notebook)) <= 6
+    tiny = {"model": "tiny-random-llama", "corpus": "data/smoke/corpus.txt", "seeds": [0, 1], "device": "cpu"}
+    sizes = {"n_windows": 4, "n_held_out": 4, "seq_len": 32}
+    kernel.run(notebook, executed, parameters.check_parameters(notebook, tiny | sizes))
+    outputs = ["".join(output["data"]["text/html"]) for cell in cells(executed, "code") for output in cell["outputs"]
+               if "text/html" in output.get("data", {})]  # fmt: skip
+    (table,) = pd.read_html(StringIO(outputs[-1]), index_col=0)
+    assert table.index.tolist() == ["KL to the dense model, nats", "log-perplexity, nats per token"]
+    for name in ("min_entropy", "entropy", "difference"):
+        assert table[name].str.fullmatch(r"[+-]?\d+\.\d{3} \[[+-]?\d+\.\d{3}, [+-]?\d+\.\d{3}\]").all(), table[name]
+    assert table["verdict"].isin(["undecided", "min_entropy is better", "entropy is better"]).all()
 
 
 # Studies

@@ -37,6 +37,7 @@ __all__ = [
     "create",
     "named",
     "names",
+    "register",
     "variants",
     "with_missing",
 ]
@@ -77,6 +78,11 @@ def names() -> list[str]:
 def create(name: str, **settings) -> Criterion:
     """Return the criterion `name` with `settings`; raise UserError for an unknown name or setting, or a value out of bounds."""
     return _FAMILY.find(name)(**settings)
+
+
+def register(criterion: type[Criterion]) -> type[Criterion]:
+    """Make a class, such as one of a notebook's cell, a criterion in this process; see `families.Family.register`."""
+    return _FAMILY.register(criterion)
 
 
 def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:

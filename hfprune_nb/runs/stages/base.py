@@ -137,5 +137,8 @@ def mlps(parameters: dict, known: dict) -> tuple[int, int, int]:
 
 
 def source(member: type) -> Path:
-    """Return the file in which a member of a family is written."""
-    return Path(inspect.getfile(member))
+    """Return the file in which a member of a family is written; raise UserError for one of a notebook's cell, which has none."""
+    try:
+        return Path(inspect.getfile(member))
+    except (OSError, TypeError):
+        raise UserError(f"{member.noun} '{member.name}' is in no file, which a result's key needs: write it into one.") from None
