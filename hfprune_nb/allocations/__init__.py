@@ -65,8 +65,8 @@ def check_windows(allocation: Variant, windows: int) -> None:
     """Raise UserError for an allocation that measures on more calibration windows than there are."""
     if (needed := allocation.settings.get("windows", 0)) > windows:
         raise UserError(
-            f"allocation '{allocation.name}' measures on {needed} calibration windows, and there are {windows}: lower its setting "
-            "windows, or take more."
+            f"allocation '{allocation.name}' measures on {needed} calibration windows, and there are {windows}: lower its "
+            "setting windows, or take more."
         )
 
 

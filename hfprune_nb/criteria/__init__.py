@@ -104,7 +104,8 @@ def check_split(split: str, variant: Variant) -> None:
     """Raise UserError for a criterion that scores no attention groups, or, with `measured`, not comparably with neurons."""
     if split != "none" and not variant.of_groups:
         raise UserError(
-            f"attention_split '{split}': criterion '{variant.name}' scores no attention groups: choose none, or another criterion."
+            f"attention_split '{split}': criterion '{variant.name}' scores no attention groups: choose none, or another "
+            "criterion."
         )
     if split == "measured" and not variant.between_layers:
         raise UserError(

@@ -93,8 +93,9 @@ def score(
         a minute to compile there and ran no faster.
     activation_checkpointing : keep each layer's input only, and compute each layer a second time, with its graph, when the
         gradients of all criteria go back through it: one more forward, and the memory of one layer. For long windows.
-    attention_groups : score the key-value groups of the attention as well, by the criteria that can: by what they give to `o_proj` and the same gradients,
-        the products of a group's channels being summed before anything else; by activations as Wanda-sp, summed over channels.
+    attention_groups : score the key-value groups of the attention as well, by the criteria that can: by what they give to
+        `o_proj` and the same gradients, the products of a group's channels being summed before anything else; by activations as
+        Wanda-sp, summed over channels.
     checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every` windows
         and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
         files of any other run are ignored.
