@@ -21,7 +21,7 @@ from hfprune_nb.report.criterion import against_ratio, criterion_table
 from hfprune_nb.report.paired import PAIRED, forest, paired_table
 from hfprune_nb.report.results import collect, first_seeds, kept, scores
 from hfprune_nb.report.table import Table
-from hfprune_nb.runs import artifacts, stage
+from hfprune_nb.runs import artifacts, parameters, stage
 
 matplotlib.use("Agg")
 MODEL = "smollm2-135m"
@@ -279,7 +279,7 @@ def artifact(study, stage_name, key, make):
     writer = artifacts.Writer(study / stage_name / key)
     make(writer.partial)
     card = {"versions": {}, "platform": "p", "cpu_count": 2, "threads": 1, "git": {"commit": None, "dirty": None}, "facts": {}}
-    writer.finish({}, {}, card)
+    writer.finish(parameters.complete(stage_name, {}), {}, card)
 
 
 def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypatch):
@@ -304,4 +304,7 @@ def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypa
     shown = [output.data for output in outputs if "data" in output]
     assert sum("image/png" in data for data in shown) == 3
     said = "".join(data.get("text/markdown", "") for data in shown)
-    assert "The paper (LLaMA-2-7B" in said and "would have been found with 80 % chance" in said and "Item sampling alone" in said
+    assert "The paper (LLaMA-2-7B" in said and "Item sampling alone" in said
+    paragraph = made.path("tables/verdict.md").read_text().strip()
+    assert paragraph in said and "By the kit's measured rates" in paragraph
+    assert json.loads(made.path("tables/verdict.json").read_text())["sentences"]

@@ -10,12 +10,13 @@ import synthetic
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import beside_paper, protocol
-from hfprune_nb.report.criterion import carried_by_one_task, criterion_table, findings, overview_table
+from hfprune_nb.report.criterion import criterion_table, overview_table
 from hfprune_nb.report.paired import paired_table, with_detectable
 from hfprune_nb.report.paper import INCONSISTENT, read
 from hfprune_nb.report.results import collect
 from hfprune_nb.report.style import Legend
 from hfprune_nb.report.table import ABSENT, Table, format_cell
+from hfprune_nb.report.verdict import verdict
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +165,6 @@ def test_detectable_differences_are_those_of_the_standard_error(paired):
     assert row["detectable_holm"] / 1.5 > row["detectable"] > 2.8016 * row["standard_error"] > 0
     assert paired.long["seed_share"].between(0, 1).all()
     assert f"{row['detectable']:.1f} / {row['detectable_holm']:.1f}" in list(paired.display["Detectable"])
-    sentences = [s for s in findings(Table("c", "", paired.long.iloc[:0], None, ()), paired) if "80 %" in s]
-    assert not sentences, "a model without cells has no sentence"
 
 
 def test_every_table_says_what_it_could_not_have_found(criterion, paired):
@@ -177,14 +176,9 @@ def test_every_table_says_what_it_could_not_have_found(criterion, paired):
     assert with_detectable(criterion, nothing) is criterion
 
 
-def test_findings_say_what_could_have_been_found(criterion, paired):
-    (points,) = [s for s in findings(criterion, paired) if "points or more between two criteria" in s]
-    rows = paired.long[paired.long["column"] == "average"]
-    assert f"{rows['detectable'].max():.1f} points or more" in points and "with 80 % chance" in points
-    found = rows["verdict"].str.endswith(" better").sum()
-    assert f"{found} of 9 comparisons found one" in points
-    (nats,) = [s for s in findings(criterion, paired) if "nats per token or more" in s]
-    assert "log-perplexity c4" in nats
+def test_the_papers_gaps_stand_beside_ours(paired):
+    sentences = beside_paper.paper_sentences(paired)
+    assert any("prints +0.5 points for Entropy (HFPrune) minus One-hot CE at 20 %" in s for s in sentences)
 
 
 def test_protocol_is_written_for_machines(results, tmp_path):
@@ -264,40 +258,14 @@ def test_written_files_are_complete_and_reproducible(criterion, paired, tmp_path
     assert "<table" in (tmp_path / "one" / "criterion.html").read_text()
 
 
-def test_a_task_that_carries_an_average_is_named():
-    scores = {"entropy": (10.0, 50.0, 50.0), "one_hot_ce": (70.0, 51.0, 50.0)}
-    cells = pd.DataFrame(
-        {"model": "m", "criterion": name, "ratio": 0.1, "column": task, "measure": "task", "mean": value}
-        for name, values in scores.items()
-        for task, value in zip(("boolq", "piqa", "race"), values, strict=True)
-    )
-    table, mean = Table("criterion", "", cells, cells, ()), (-60 - 1) / 3
-    row = {"model": "m", "ratio": 0.1, "column": "average", "measure": "average", "a": "entropy", "b": "one_hot_ce", "mean": mean}
-    row["verdict"] = "One-hot CE better"
-    decided = carried_by_one_task(table, pd.DataFrame([row]))
-    assert decided == [
-        "m at 10 %: of the -20.3 points between the averages of Entropy (HFPrune) and One-hot CE, boolq alone makes -20.0."
-    ]
-    assert carried_by_one_task(table, pd.DataFrame([row | {"verdict": "One-hot CE better, not after Holm"}])) == []
-    even = cells.assign(mean=cells["criterion"].map({"entropy": 40.0, "one_hot_ce": 60.0}))
-    assert carried_by_one_task(Table("criterion", "", even, even, ()), pd.DataFrame([row | {"mean": -20.0}])) == []
-
-
-def test_findings_repeat_the_tables_and_claim_no_more(criterion, paired):
-    sentences = findings(criterion, paired)
-    assert any(format_cell(cell(criterion, "average")) in sentence for sentence in sentences)
-    assert any("prints +0.5 points for Entropy (HFPrune) minus One-hot CE at 20 %" in s for s in sentences)
-    undecided = paired.long.assign(verdict="interval crosses zero")
-    claims = findings(criterion, Table("paired", "", undecided, paired.display, ()))
-    assert not any(" better" in sentence for sentence in claims)
-
-
 def test_crows_pairs_is_no_accuracy_and_gets_a_second_average(tmp_path):
     tasks = {"boolq": "acc", "crows_pairs_english": "pct_stereotype"}
     folders = synthetic.study(tmp_path, ("entropy",), (0.2,), tasks=tasks)
     table = criterion_table(collect(folders))
     assert cell(table, "average_without_crows")["mean"] == pytest.approx(cell(table, "boolq")["mean"])
     assert cell(table, "average")["mean"] != cell(table, "average_without_crows")["mean"]
+    averages = table.long.loc[table.long["measure"] == "average", "column"]
+    assert averages.iloc[0] == "average_without_crows", "the first average stands for all, in the overview and in the verdict"
 
 
 def test_only_tasks_of_every_model_enter_the_average(tmp_path):
@@ -317,7 +285,7 @@ def test_a_study_without_one_kind_of_measurement_says_so(tmp_path, removed):
     criterion, paired = criterion_table(results), paired_table(results)
     beside_paper.ablation_table(criterion).markdown()
     beside_paper.fidelity_table(criterion).markdown()
-    findings(criterion, paired)
+    assert verdict(criterion, paired)["sentences"]
     assert removed == "next_tokens" or "No " in protocol.protocol_note(results)
 
 
@@ -326,7 +294,9 @@ def test_one_criterion_one_seed_and_no_dense_model(tmp_path):
     criterion, paired = criterion_table(results), paired_table(results)
     assert paired.long.empty and "nothing to compare" in paired.notes[0] and "No rows." in paired.markdown()
     assert "dense model was not evaluated" in criterion.markdown()
-    assert findings(criterion, paired)
+    assert verdict(criterion, paired)["sentences"] == [
+        "No two criteria were evaluated at the same ratio on the same items and seeds, so nothing is compared."
+    ]
 
 
 def test_one_seed_has_differences_but_no_verdict(tmp_path):
@@ -338,7 +308,7 @@ def test_one_seed_has_differences_but_no_verdict(tmp_path):
     clear = paired.long.set_index("column").loc["perplexity:c4"]
     assert clear["high"] < 0 and clear["p_items"] < 0.001, "better on these windows, for this seed"
     assert "no p-value, no verdict" in paired.markdown()
-    assert not any(" better" in sentence for sentence in findings(criterion, paired))
+    assert not any(" better than" in sentence for sentence in verdict(criterion, paired)["sentences"])
     assert set(overview_table(criterion, paired).long["against_reference"]) == {""}
 
 
@@ -369,9 +339,8 @@ def test_a_variant_and_an_allocation_get_their_rows_their_pairs_and_their_names(
     tested = {("variant", "entropy"), ("one_hot_ce", "entropy"), ("entropy", "entropy@global")}
     assert set(zip(paired.long["b"], paired.long["a"], strict=True)) == tested
     assert "One-hot CE" in criterion.markdown() and "allocation" not in criterion_table(collect(folders[:-3])).long
-    told = " ".join(findings(criterion, paired))
-    assert "Entropy (HFPrune) against Self-distillation (alpha 0.4)" in told
-    assert "Entropy (HFPrune), Global against Entropy (HFPrune)" in told
+    told = " ".join(verdict(criterion, paired)["sentences"])
+    assert "Entropy (HFPrune) is better than Self-distillation (alpha 0.4) by" in told
     marks = overview_table(criterion, paired).long.set_index(["criterion", "column"])["against_reference"]
     row = paired.long[(paired.long["b"] == "variant") & (paired.long["column"] == "perplexity:c4")].iloc[0]
     assert row["verdict"] == "Entropy (HFPrune) better" and marks["variant", "perplexity:c4"] == "worse"

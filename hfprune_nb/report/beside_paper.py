@@ -8,7 +8,7 @@ import pandas as pd
 from hfprune_nb.report import paper
 from hfprune_nb.report.paper import INCONSISTENT, PAPER_MODEL
 from hfprune_nb.report.results import FIDELITY, MEASURES, UNITS, percent
-from hfprune_nb.report.style import DENSE, Legend
+from hfprune_nb.report.style import DENSE
 from hfprune_nb.report.table import ABSENT, Table, format_cell, format_difference
 
 SD = "self_distillation"
@@ -153,10 +153,11 @@ def _at(cells: pd.DataFrame, key: tuple[str, float], column: str) -> dict | None
     return found.iloc[0].to_dict() if len(found) else None
 
 
-def paper_sentences(average: pd.DataFrame, paper: pd.DataFrame, legend: Legend) -> list[str]:
-    """Return for each pair of criteria that the paper compares, its gap beside ours; `average`: rows of `paired_table`."""
-    sentences = []
-    theirs = paper[paper["column"] == "average"].set_index(["ratio", "criterion"])["mean"]
+def paper_sentences(paired: Table, paper: Path | None = None) -> list[str]:
+    """Return for each pair of criteria that the paper compares by the average of tasks, its gap beside that of `paired_table`."""
+    sentences, legend, cells = [], paired.legend, paper_cells(("T6",), paper)
+    theirs = cells[cells["column"] == "average"].set_index(["ratio", "criterion"])["mean"]
+    average = paired.long[(paired.long["column"] == "average") & paired.long["low"].notna()]
     for row in average.to_dict("records"):
         sides = [(row["ratio"], row[side]) for side in ("a", "b")]
         if all(side in theirs.index for side in sides):

@@ -1,8 +1,7 @@
-"""What is left of the model under each criterion: the main table, the overview, curves against the ratio, the findings."""
+"""What is left of the model under each criterion: the main table, the overview, curves against the ratio."""
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -12,12 +11,10 @@ from matplotlib.figure import Figure
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import intervals
-from hfprune_nb.report.beside_paper import paper_cells, paper_sentences
-from hfprune_nb.report.paired import detectable_sentences, pair_sentence
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import MEASURES, UNITS, Results, columns, percent, sample
 from hfprune_nb.report.style import AXIS_LABELS, DENSE, STYLE, UNIFORM, Legend, closed, handles_of, message, series
-from hfprune_nb.report.table import ABSENT, Table, format_cell, measure_name, within_limits
+from hfprune_nb.report.table import ABSENT, Table, format_cell, within_limits
 
 INTERVALS = (
     "Cells are means with 95 % intervals over calibration seeds and items, each with the degrees of freedom that its number "
@@ -148,9 +145,8 @@ def against_ratio(criterion: Table, model: str) -> Figure:
     cells, legend = criterion.long[(criterion.long["model"] == model) & criterion.long["mean"].notna()], criterion.legend
     names = [
         name
-        for measure in ("average", "perplexity", "js")
-        for name in cells.loc[(cells["measure"] == measure) & (cells["criterion"] != DENSE), "column"].unique()
-        if name != "average_without_crows"
+        for measure, most in (("average", 1), ("perplexity", None), ("js", None))
+        for name in cells.loc[(cells["measure"] == measure) & (cells["criterion"] != DENSE), "column"].unique()[:most]
     ]
     if not names:
         return message(f"No pruned model of {model} was evaluated: nothing to draw against the ratio.")
@@ -188,64 +184,3 @@ def _ratio_panel(ax, cells: pd.DataFrame, legend: Legend) -> None:
     corpus = name.partition(":")[2]
     ax.set(title=f"{MEASURES[measure]}, {corpus}" if corpus else MEASURES[measure])
     ax.set(xlabel="parameters removed, %", ylabel=AXIS_LABELS[measure])
-
-
-def findings(criterion: Table, paired: Table, paper: Path | None = None) -> list[str]:
-    """Return what the study found as sentences, each generated from `criterion_table` and `paired_table`.
-
-    No sentence calls one criterion better unless the paired interval excludes zero, also after Holm's correction.
-    """
-    sentences = []
-    for model in criterion.long["model"].unique():
-        cells = criterion.long[(criterion.long["model"] == model) & criterion.long["mean"].notna()]
-        for measure in ("average", "perplexity"):
-            shown = cells[cells["measure"] == measure]
-            # The first average holds all tasks; the first corpus stands for perplexity, the table has the others.
-            sentences += _level_sentences(model, shown[shown["column"] == shown["column"].min()], criterion.legend)
-        differences = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
-        by_pair = differences.groupby(["a", "b"], sort=False)
-        sentences += [pair_sentence(model, *pair, part, criterion.legend) for pair, part in by_pair]
-        sentences += detectable_sentences(model, differences)
-    average = paired.long[(paired.long["column"] == "average") & paired.long["low"].notna()]
-    sentences += carried_by_one_task(criterion, average)
-    return sentences + paper_sentences(average, paper_cells(("T6",), paper), criterion.legend)
-
-
-def _level_sentences(model: str, cells: pd.DataFrame, legend: Legend) -> list[str]:
-    if cells.empty:
-        return []
-    column, measure = cells[["column", "measure"]].iloc[0]
-    name = measure_name(column, measure)
-    unit = " %" if UNITS[measure] == "%" else ""
-    dense = cells[cells["criterion"] == DENSE].to_dict("records")
-    against = f" (dense {format_cell(dense[0])}{unit})" if dense else ""
-    return [
-        f"{model}, {percent(ratio)} of all parameters removed: {name} is "
-        + ", ".join(f"{format_cell(cell)}{unit} for {legend.label(cell['criterion'])}" for cell in part.to_dict("records"))
-        + f"{against}."
-        for ratio, part in cells[cells["criterion"] != DENSE].groupby("ratio")
-    ]
-
-
-def carried_by_one_task(criterion: Table, average: pd.DataFrame) -> list[str]:
-    """Return a sentence for each difference between averages that has a verdict and of which one task makes more than half.
-
-    `criterion` is `criterion_table`, `average` the rows of `paired_table` on the average of tasks.
-
-    One task in which all of a model's answers tip over together can carry an average of nine.
-    """
-    sentences, tasks = [], criterion.long[criterion.long["measure"] == "task"]
-    for row in average.to_dict("records"):
-        if not row["verdict"].endswith(" better"):
-            continue
-        a, b = criterion.legend.label(row["a"]), criterion.legend.label(row["b"])
-        here = tasks[(tasks["model"] == row["model"]) & (tasks["ratio"] == row["ratio"])]
-        scores = here.pivot(index="column", columns="criterion", values="mean")
-        shares = (scores[row["a"]] - scores[row["b"]]) / len(scores)
-        task = (shares * np.sign(row["mean"])).idxmax()
-        if shares[task] / row["mean"] > 0.5:
-            sentences.append(
-                f"{row['model']} at {percent(row['ratio'])}: of the {row['mean']:+.1f} points between the averages of "
-                f"{a} and {b}, {task} alone makes {shares[task]:+.1f}."
-            )
-    return sentences

@@ -78,6 +78,19 @@ class Errors:
         known = np.where((wide[..., 0] == 0) & (estimate == 0), 1.0, 2 * (density * beyond).sum(-1) + 2 * outside)
         return np.minimum(known, 1)
 
+    def p_equivalent(self, estimate, margin) -> np.ndarray:
+        """Return the p-value of two one-sided tests against `|difference| >= margin` (Schuirmann 1987).
+
+        Where it is low, that is excluded; it is below 5 % where the 90 % interval lies within the margin.
+        """
+        room = margin - np.abs(estimate)
+        beyond = self.p_value(room) / 2
+        return np.where(room > 0, beyond, 1 - beyond)
+
+    def bound(self, estimate) -> float:
+        """Return the size beyond which a true difference is excluded at 5 % (one-sided): the smallest margin that would be."""
+        return float(np.abs(estimate) + self.quantile(LEVEL))
+
     def p_items(self, estimate) -> np.ndarray:
         """Return the two-sided p-value of Student's t over items, for these seeds only."""
         with np.errstate(divide="ignore", invalid="ignore"):

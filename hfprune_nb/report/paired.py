@@ -1,4 +1,4 @@
-"""Do two criteria differ? Differences paired on the same items and seeds: table, forest plot, sentences."""
+"""Do two criteria differ? Differences paired on the same items and seeds: table and forest plot."""
 
 import itertools
 from dataclasses import replace
@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
-from hfprune_nb.report.results import LOWER_IS_BETTER, Results, columns, percent, sample
+from hfprune_nb.report.results import LOWER_IS_BETTER, MARGINS, Results, columns, percent, sample
 from hfprune_nb.report.style import DENSE, STYLE, Legend, closed, message, pair_look
-from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, digits_of, format_difference, format_p, measure_label, measure_name
+from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, digits_of, format_difference, format_p, measure_label
 
 PAIRED = [
     "model",
@@ -35,6 +35,8 @@ PAIRED = [
 ]
 
 
+EXCLUDED = "≈"
+SIZES = {"average": "points", "perplexity": "nats of log-perplexity", "js": "of JS distance", "kl": "nats of KL"}
 PAIRED_DISPLAY = [
     "Model",
     "Measure",
@@ -45,20 +47,23 @@ PAIRED_DISPLAY = [
     "p (Holm)",
     "p (items)",
     "Detectable",
+    "Bound",
     "Seeds",
     "Items",
     "Verdict",
 ]
 
 
-def paired_table(results: Results) -> Table:
+def paired_table(results: Results, margins: dict[str, float] = MARGINS) -> Table:
     """Return the differences A - B of the pairs in `Legend.pairs` by ratio, paired on the same items and calibration seeds.
 
     Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is over seeds and items,
     `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` over items for these seeds
     (`intervals.paired_difference`); all three test the difference that is printed. `seed_share` is the part of the seeds in
     the variance, `detectable` the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's
-    strictest level (`intervals.Errors.detectable`). With one common seed there is neither p nor detectable.
+    strictest level (`intervals.Errors.detectable`). `bound` is the size beyond which a true difference is excluded,
+    `p_equivalent` tests whether one as large as the measure's margin is, with Holm's adjustment over the same family
+    (`intervals.Errors.p_equivalent`). With one common seed there is none of these.
     """
     rows = []
     for model in results.model_names:
@@ -75,9 +80,14 @@ def paired_table(results: Results) -> Table:
     long["source"] = "measured"
     families = long.groupby(["model", "column"])["p"].count()
     sizes = long.groupby(["model", "column"])["p"].transform("count").clip(lower=1)
-    judged = list(zip(long.pop("errors"), long["p"].notna(), sizes, strict=True))
-    long["detectable"] = [errors.detectable() if known else np.nan for errors, known, _ in judged]
-    long["detectable_holm"] = [errors.detectable(size) if known else np.nan for errors, known, size in judged]
+    long["margin"] = long["measure"].map(margins).astype(float)
+    judged = list(zip(long.pop("errors"), long["p"].notna(), sizes, long["mean"], long["margin"], strict=True))
+    long["detectable"] = [errors.detectable() if known else np.nan for errors, known, *_ in judged]
+    long["detectable_holm"] = [errors.detectable(size) if known else np.nan for errors, known, size, *_ in judged]
+    long["bound"] = [errors.bound(mean) if known else np.nan for errors, known, _, mean, _ in judged]
+    equivalent = [float(errors.p_equivalent(mean, margin)) if known else np.nan for errors, known, _, mean, margin in judged]
+    long["p_equivalent"] = pd.Series(equivalent, long.index, dtype=float)
+    long["p_equivalent"] = long.groupby(["model", "column"])["p_equivalent"].transform(lambda p: intervals.holm(p))
     notes = [
         "Differences A - B are paired on the same items and calibration seeds; interval and p are over both, with the degrees of "
         "freedom of the seeds for their part of the variance and those of the items for the rest (Behrens and Fisher). Averages "
@@ -89,6 +99,8 @@ def paired_table(results: Results) -> Table:
         "that is printed, and gives no verdict.",
         "Detectable is the smallest true difference that this study would have found with 80 % chance (two-sided 5 %; after "
         "the slash at Holm's strictest level), with the same degrees of freedom: smaller ones can neither be seen nor excluded.",
+        f"Bound: a larger true difference is excluded (one-sided 5 %). {EXCLUDED}: so is one of {margins_in_words(margins)}, "
+        "by two one-sided tests after Holm's correction.",
     ]
     if (long["verdict"] == ONE_SEED).any():
         notes.append("One common calibration seed cannot tell a criterion from a lucky text: no p-value, no verdict.")
@@ -97,6 +109,11 @@ def paired_table(results: Results) -> Table:
     display = _paired_display(long, len(results.model_names) > 1, results.legend)
     title = "Paired differences between criteria (measured)"
     return Table("paired", title, long, display, (*notes, *_family_notes(long), protocol_note(results)), results.legend)
+
+
+def margins_in_words(margins: dict[str, float] = MARGINS) -> str:
+    """Return the margins of the equivalence tests as "0.5 points, 0.01 nats of log-perplexity"."""
+    return ", ".join(f"{value:g} {SIZES[measure]}" for measure, value in margins.items())
 
 
 def _difference(a: pd.DataFrame, b: pd.DataFrame) -> dict:
@@ -134,6 +151,7 @@ def _paired_display(long: pd.DataFrame, several_models: bool, legend: Legend) ->
             "p (Holm)": format_p(row["p_holm"]),
             "p (items)": format_p(row["p_items"]),
             "Detectable": _format_detectable(row),
+            "Bound": _format_bound(row),
             "Seeds": str(row["n_seeds"]),
             "Items": str(row["n_items"]),
             "Verdict": row["verdict"],
@@ -148,6 +166,12 @@ def _format_detectable(row: dict) -> str:
         return ABSENT
     digits = digits_of(row["measure"])
     return f"{row['detectable']:.{digits}f} / {row['detectable_holm']:.{digits}f}"
+
+
+def _format_bound(row: dict) -> str:
+    if pd.isna(row["bound"]):
+        return ABSENT
+    return f"{row['bound']:.{digits_of(row['measure'])}f}" + f" {EXCLUDED}" * (row["p_equivalent"] < 1 - intervals.LEVEL)
 
 
 def _family_notes(long: pd.DataFrame) -> list[str]:
@@ -239,37 +263,3 @@ def _forest_panel(ax, rows: pd.DataFrame, pairs: list, ratios: list) -> None:
     ax.set_title(measure_label(first["column"], first["measure"]).replace(", ", "\n"))
     if ax.get_subplotspec().is_first_col():
         ax.set_ylabel("parameters removed")
-
-
-def pair_sentence(model: str, a: str, b: str, differences: pd.DataFrame, legend: Legend) -> str:
-    """Return one sentence on a pair of criteria: where which one is better, where the data leave it open."""
-    verdicts = differences["verdict"].where(differences["verdict"].str.endswith(" better"), "undecided")
-    parts = []
-    for verdict in sorted(verdicts.unique(), key=lambda text: text == "undecided"):
-        rows = differences[verdicts == verdict]
-        where = [
-            f"{measure_name(column, measure)} at {', '.join(map(percent, part['ratio']))}"
-            for (column, measure), part in rows.groupby(["column", "measure"], sort=False)
-        ]
-        parts.append(f"{verdict} in {'; '.join(where)}")
-    return f"{model}, {legend.label(a)} against {legend.label(b)}: {'. '.join(part[0].upper() + part[1:] for part in parts)}."
-
-
-def detectable_sentences(model: str, differences: pd.DataFrame) -> list[str]:
-    """Return for the average of tasks and the first corpus' perplexity what the study could have found, at its worst."""
-    sentences = []
-    for measure in ("average", "perplexity"):
-        rows = differences[differences["measure"] == measure]
-        rows = rows[rows["column"] == rows["column"].iloc[0]] if len(rows) else rows
-        rows = rows.dropna(subset=["detectable"])
-        if rows.empty:
-            continue
-        least, most, holm = rows["detectable"].min(), rows["detectable"].max(), rows["detectable_holm"].max()
-        digits, found = digits_of(measure), rows["verdict"].str.endswith(" better").sum()
-        name, _, unit = measure_label(rows["column"].iloc[0], measure).partition(", ")
-        sentences.append(
-            f"{model}, {name}: a true difference of {most:.{digits}f} {unit} or more between two criteria would have been found "
-            f"with 80 % chance at every ratio ({least:.{digits}f} in the most precise comparison, {holm:.{digits}f} at Holm's "
-            f"strictest level); {found} of {len(rows)} comparisons found one, and smaller differences cannot be excluded."
-        )
-    return sentences

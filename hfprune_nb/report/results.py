@@ -30,6 +30,8 @@ UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "
 
 # What no value can leave, so that no interval does.
 LIMITS = {"task": (0, 100), "average": (0, 100), "js": (0, 1), "kl": (0, np.inf), "jaccard15": (0, 1), "top1": (0, 100)}
+# Differences that are too small to matter: points, nats per token, JS distance, nats.
+MARGINS = {"average": 0.5, "perplexity": 0.01, "js": 0.003, "kl": 0.01}
 LOWER_IS_BETTER = ("perplexity", "js", "kl")
 FRAME_NAMES = {"items": "benchmark tasks", "perplexity": "perplexity", "fidelity": "fidelity to the dense model"}
 KEYS = ["model", "criterion", "ratio", "seed"]
@@ -287,7 +289,10 @@ def _task_facts(summaries: tuple[dict, ...], items: pd.DataFrame) -> pd.DataFram
 
 
 def columns(results: Results, model: str) -> list[Column]:
-    """Return the criterion table's columns for one model: tasks, averages, perplexity and fidelity by corpus."""
+    """Return the criterion table's columns for one model: tasks, averages, perplexity and fidelity by corpus.
+
+    The first of each measure is the one that stands for it where there is room for one: of averages that of the accuracies.
+    """
     items, found = results.items[results.items["model"] == model], []
     facts = results.tasks[results.tasks["model"] == model].set_index("task")
     tasks = [task for task in facts.index if task in set(items["task"])]
@@ -298,11 +303,11 @@ def columns(results: Results, model: str) -> list[Column]:
     per_model = items.groupby([*KEYS])["task"].agg(set)
     common = [task for task in tasks if all(task in answered for answered in per_model)]
     accuracies = [task for task in common if facts.loc[task, "metric"] != NO_ACCURACY]
-    if common:
-        found.append(Column("average", "average", f"average of {len(common)} tasks, %", tuple(common)))
     if 0 < len(accuracies) < len(common):
         text = f"average of {len(accuracies)} without CrowS-Pairs, %"
         found.append(Column("average_without_crows", "average", text, tuple(accuracies)))
+    if common:
+        found.append(Column("average", "average", f"average of {len(common)} tasks, %", tuple(common)))
     for measure, frame in (("perplexity", results.perplexity), *((name, results.fidelity) for name in FIDELITY)):
         for corpus in frame.loc[frame["model"] == model, "corpus"].unique():
             unit = ", %" if UNITS[measure] == "%" else ""

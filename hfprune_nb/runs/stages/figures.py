@@ -1,5 +1,6 @@
 """Stage 06: the evaluations as tables and figures."""
 
+from hfprune_nb.errors import UserError
 from hfprune_nb.runs.stages.base import Input, Stage
 
 
@@ -10,6 +11,13 @@ class Figures(Stage):
     notebook = "06_figures.ipynb"
     inputs = {"evaluations": Input("evaluation", many=True)}
     exported = True
+    version = 2  # a verdict, equivalence tests; accuracies make the first average
+
+    def check(self, values):
+        if wrong := [
+            name for name, margin in values.get("margins", {}).items() if not (isinstance(margin, int | float) and margin > 0)
+        ]:
+            raise UserError(f"margins: that of {wrong[0]} must be a number above 0, the difference that is too small to matter")
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0
