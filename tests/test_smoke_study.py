@@ -114,7 +114,7 @@ def test_results_are_published_for_a_reader(smoke):
     chain = {"01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"}
     assert pages == chain | {"08_experiments", "09_questions", "12_recommendation"}
     index = (smoke.folder / "index.html").read_text(encoding="utf-8")
-    for link in re.findall(r'href="([^"]+)"', index):
+    for link in re.findall(r'href="([^"#]+)"', index):
         assert (smoke.folder / link).is_file(), link
     assert (smoke.folder / "study.yaml").read_bytes() == STUDY.read_bytes()
     assert len(json.loads((smoke.folder / "cards.json").read_text(encoding="utf-8"))) == 27

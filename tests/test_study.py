@@ -353,8 +353,9 @@ def test_finished_study_is_exported(project):
     loaded = study.load("toy")
     for name in ("tables/table.csv", "figures/figure.png", "index.html", "study.yaml", "cards.json", "run.log"):
         assert (loaded.folder / name).is_file(), name
-    pages = [path.stem for path in export.files(loaded.folder, "notebooks", ".html")]
-    assert pages == ["01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"]
+    shown = [path.stem for path in export.files(loaded.folder, "notebooks", ".html")]
+    assert shown == [path.stem for path in sorted((loaded.folder / "notebooks").glob("*.ipynb"))]
+    assert shown == ["01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"]
     assert len(read_json(loaded.folder / "cards.json")) == 12
     assert len((loaded.folder / "run.log").read_text().splitlines()) == 13
     assert [path.name for path in export.files(loaded.folder, "figures", "")] == ["figure.png"]
@@ -573,7 +574,7 @@ def test_several_jobs_of_an_exported_stage_keep_their_points_in_the_names(projec
     loaded = study.load("cost")
     assert scheduler.run(loaded, progress=False).ok
     assert [path.name for path in export.files(loaded.folder, "tables", ".csv")] == ["table_other.csv", "table_tiny.csv"]
-    assert [path.stem for path in export.files(loaded.folder, "notebooks", ".html")] == ["07_cost"]
+    assert [path.stem for path in export.files(loaded.folder, "notebooks", ".html")] == ["07_cost_other", "07_cost_tiny"]
 
 
 def test_rendered_notebooks_show_results_and_warnings_but_no_progress_bars(tmp_path):

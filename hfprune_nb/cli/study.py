@@ -53,6 +53,11 @@ _CLEAN_EXAMPLES = """examples:
   hfprune study clean local              what notebooks made one by one
   hfprune study clean offline scoring/0123456789abcdef --yes     that artifact alone: the next run computes it again
 """
+_PAGES_EXAMPLES = """The pages are made of exported files: no artifact is needed and nothing is computed.
+
+examples:
+  hfprune study pages
+"""
 _SHOWN = 20
 
 
@@ -67,6 +72,8 @@ def add_study(groups) -> None:
     job = command(study, "job", "compute one job, as a workflow engine does", _JOB_EXAMPLES, _job)
     rates = command(study, "rates", "fit the rates behind `plan` to studies that ran", _RATES_EXAMPLES, _rates)
     compared = command(study, "compare", "hold every number of a rerun against another run's", _COMPARE_EXAMPLES, _compare)
+    pages = command(study, "pages", "write the pages of all results and what is generated in README", _PAGES_EXAMPLES, _pages)
+    pages.add_argument("--results", metavar="DIR", help="results folder of all studies (default: results)")
     compared.add_argument(
         "--against", default="HEAD", metavar="RUN", help="a study's results folder, or a commit (default: HEAD)"
     )
@@ -270,6 +277,22 @@ def _compare(options) -> int:
         say(f"... and {len(wrong) - _SHOWN} more")
     say(f"study {loaded.name}: {len(compared) - len(wrong):,} of {len(compared):,} numbers agree")
     return 0 if compare.reproduced(compared) else 1
+
+
+def _pages(options) -> int:
+    from hfprune_nb.runs import pages
+
+    if options.results:
+        os.environ["HFPRUNE_RESULTS"] = os.path.abspath(options.results)
+    exported = pages.write(paths.results())
+    say(f"pages of {', '.join(exported) or 'no study'}: {paths.results() / 'README.md'}")
+    project = paths.project()
+    for path in sorted({*project.glob("README.md"), *project.glob("docs/*.md")}):
+        text = path.read_text(encoding="utf-8")
+        if (filled := pages.fill(text, project)) != text:
+            path.write_text(filled, encoding="utf-8")
+            say(f"generated parts of {path.relative_to(project)} are new")
+    return 0
 
 
 def _clean(options) -> int:

@@ -1,7 +1,6 @@
-"""What a reader of a study sees without running it: tables, figures, one notebook of each kind, and an index page."""
+"""What a reader of a study sees without running it: tables, figures, executed notebooks, and pages that show them."""
 
 import contextlib
-import html
 import re
 import shutil
 import sys
@@ -9,11 +8,15 @@ from pathlib import Path
 
 from hfprune_nb import paths
 from hfprune_nb.files import read_json, write_json
+from hfprune_nb.runs import pages
 from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.stages import STAGES
 
 # A line of a tqdm bar, as `held-out text:  41%|####      | 840/2048 [00:01<00:01, 812tok/s]`.
 PROGRESS = re.compile(r"\d+%\|.*\|.*\[.*\]|: \d+\S* \[\d\d:\d\d")
+# A link from one notebook to another, and the file of a cell's code in a warning.
+_NEIGHBOUR = re.compile(r"\[([^\]]*)\]\((\w+)\.ipynb\)")
+_KERNEL = re.compile(r"/[^\s\"']*/(?=ipykernel_\d+/)")
 
 
 def files(folder: Path, kind: str, suffix: str) -> list[Path]:
@@ -31,7 +34,7 @@ def is_exported(study, jobs) -> bool:
 
 
 def write(study, jobs) -> None:
-    """Copy the tables and figures of the finished `jobs` of exported stages and render one notebook of each kind.
+    """Copy the tables, figures and notebooks of the finished `jobs` of exported stages and one notebook of each other kind.
 
     Where a stage has several jobs, its files get the job's point into their names. Does nothing when exactly this is
     exported already, by another runner.
@@ -44,16 +47,21 @@ def write(study, jobs) -> None:
         for outdated in files(folder, kind, ""):
             outdated.unlink()
     shown = [job for job in jobs if STAGES[job.stage].exported]
+    chosen, contents = _representatives(study, [job for job in jobs if job not in shown]), {}
     for job in shown:
         alone = sum(other.stage == job.stage for other in shown) == 1
         point = "" if alone else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", job.label)
-        for kind in ("tables", "figures"):
+        notebook = f"{Path(STAGES[job.stage].notebook).stem}{point}"
+        chosen[notebook], contents[notebook] = job, []
+        for kind in ("figures", "tables"):
             for path in sorted((folder / job.reference / kind).glob("*")):
-                shutil.copyfile(path, folder / kind / f"{path.stem}{point}{path.suffix}")
-    chosen = _representatives(study, jobs)
-    _render(folder / "notebooks", {name: Artifact(folder / job.reference) for name, job in chosen.items()})
+                name = f"{path.stem}{point}{path.suffix}"
+                shutil.copyfile(path, folder / kind / name)
+                contents[notebook].append(f"{kind}/{name}")
+    _write_notebooks(folder / "notebooks", {name: Artifact(folder / job.reference) for name, job in sorted(chosen.items())})
     (folder / "study.yaml").write_text(study.text, encoding="utf-8")
-    (folder / "index.html").write_text(_index(study), encoding="utf-8")
+    write_json(folder / pages.CONTENTS, contents)
+    pages.write(folder.parent, [study.name])
     write_json(folder / "cards.json", _cards(study, jobs))
 
 
@@ -82,17 +90,21 @@ def _representatives(study, jobs) -> dict:
     return dict(sorted(chosen.items()))
 
 
-def _render(folder: Path, artifacts: dict[str, Artifact]) -> None:
+def _write_notebooks(folder: Path, artifacts: dict[str, Artifact]) -> None:
+    """Write the executed notebooks as readers see them: no times of this run, no folders of this machine, no dead links."""
     import nbformat
-    from nbconvert import HTMLExporter
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    exporter = HTMLExporter(template_name="classic")
     for name, artifact in artifacts.items():
         notebook = without_progress(nbformat.read(artifact.path("notebook.ipynb"), as_version=4))
-        page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": name}})
-        (folder / f"{name}.html").write_text(without_folders(page), encoding="utf-8")
+        for part in (notebook, *notebook.cells):
+            part.metadata.pop("papermill", None)
+            part.metadata.pop("execution", None)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = _NEIGHBOUR.sub(lambda found: found[0] if found[2] in artifacts else found[1], cell.source)
+        (folder / f"{name}.ipynb").write_text(without_folders(nbformat.writes(notebook)) + "\n", encoding="utf-8")
 
 
 def without_progress(notebook):
@@ -110,22 +122,8 @@ def without_progress(notebook):
     return notebook
 
 
-def without_folders(page: str) -> str:
-    """Return `page` with paths of this machine cut down to what lies inside the kit or its environment."""
-    for folder in (paths.project(), Path(sys.prefix)):
-        page = page.replace(f"{folder}/", "")
-    return page
-
-
-def _index(study) -> str:
-    """Return a small page that links everything exported."""
-    name, description = html.escape(study.name), html.escape(study.description)
-    parts = [f"<h1>Study {name}</h1><p>{description}</p>"]
-    for kind, suffix in (("tables", ".html"), ("figures", ".png"), ("notebooks", ".html")):
-        links = [f'<li><a href="{kind}/{path.name}">{path.stem}</a></li>' for path in files(study.folder, kind, suffix)]
-        parts.append(f"<h2>{kind.capitalize()}</h2><ul>{''.join(links)}</ul>")
-    facts = [f'<li><a href="{file}">{file}</a></li>' for file in ("study.yaml", "cards.json", "run.log")]
-    parts.append(f"<h2>How it was made</h2><ul>{''.join(facts)}</ul>")
-    style = "<style>body{font:1rem sans-serif;margin:2rem}</style>"
-    head = f'<meta charset="utf-8"><title>HFPrune study {name}</title>{style}'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+def without_folders(text: str) -> str:
+    """Return `text` with paths of this machine cut down to what lies inside the kit, its results or its environment."""
+    for folder in (paths.results().parent, paths.project(), paths.cache(), Path(sys.prefix)):
+        text = text.replace(f"{folder}/", "")
+    return _KERNEL.sub("", text)
