@@ -357,6 +357,26 @@ def test_a_resumed_run_gives_the_same_bytes(after, tiny, token_windows, tmp_path
     assert not list((tmp_path / "checkpoint").glob("*.partial"))
 
 
+def test_sums_are_saved_by_the_clock_where_windows_are_few(tiny, token_windows, tmp_path, monkeypatch):
+    """A default scoring has fewer windows than `checkpoint_every`, and would lose all that it did to an interrupt."""
+    settings = {"batch_size": 2, "progress": False}
+    whole = scoring.score(tiny("llama"), token_windows, ["entropy"], **settings)
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 0.0)
+    original = stop_after(3, monkeypatch)
+    with pytest.raises(Killed):
+        scoring.score(tiny("llama"), token_windows, ["entropy"], checkpoint=tmp_path, **settings)
+    added = []
+    monkeypatch.setattr(accumulator.Accumulator, "add", lambda self, *rest: added.append(None) or original(self, *rest))
+    found = scoring.score(tiny("llama"), token_windows, ["entropy"], checkpoint=tmp_path, **settings)
+    assert len(added) == 2, "a batch was computed again"
+    assert all(torch.equal(*rows) for rows in zip(found.importance["entropy"], whole.importance["entropy"], strict=True))
+    monkeypatch.setattr(accumulator.Accumulator, "save", lambda self, *_: saved.append(self.done))
+    saved = []
+    monkeypatch.setattr(engine, "CHECKPOINT_SECONDS", 60.0)
+    scoring.score(tiny("llama"), token_windows, ["entropy"], checkpoint=tmp_path / "quick", **settings)
+    assert saved == [9], "nothing but the end is worth a file in a run of seconds"
+
+
 def test_a_batch_size_that_shrank_is_remembered(tiny, token_windows, tmp_path, monkeypatch):
     settings = {"batch_size": 8, "checkpoint": tmp_path, "checkpoint_every": 1, "progress": False}
     failing_above(2, MemoryError(), monkeypatch)

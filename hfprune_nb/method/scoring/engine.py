@@ -53,6 +53,9 @@ CPU_TOKENS, CUDA_TOKENS = 512, 32768
 # models (2.5 to 15 GB), and enough for 256 windows of 1024 tokens of a 7B model, 8 KB a token.
 TEACHER_BYTES = 2**31
 
+# Seconds after which the sums are saved even if few windows were read. Large sums take long to write: then so many times longer.
+CHECKPOINT_SECONDS = 60.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -96,9 +99,9 @@ def score(
     attention_groups : score the key-value groups of the attention as well, by the criteria that can: by what they give to
         `o_proj` and the same gradients, the products of a group's channels being summed before anything else; by activations as
         Wanda-sp, summed over channels.
-    checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every` windows
-        and at the end of a pass. A run with the same model, windows and parameters goes on from there and gives the same bytes;
-        files of any other run are ignored.
+    checkpoint : a folder for the sums so far, one file for each pass and process, written after every `checkpoint_every`
+        windows, every `CHECKPOINT_SECONDS` and at the end of a pass. A run with the same model, windows and parameters goes on
+        from there and gives the same bytes; files of any other run are ignored.
 
     Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
     memory, scores that are NaN or all equal, and, with `attention_groups`, where no criterion scores any.
@@ -251,13 +254,16 @@ class _Pass:
         has_logits = any(criterion.kind in ("logits", "gates", "weight_gradients") for criterion in group.values())
         reader = Reader(self.model, self.head if has_logits else None, group, student=student, **self.settings)
         saved, started, before = sums.done, time.perf_counter(), sums.seconds
+        due = CHECKPOINT_SECONDS
         while sums.done < len(self.numbers):
             added = self._add_batch(reader, sums)
             progress_bar.update(added * self.windows.shape[1])
             sums.seconds = before + time.perf_counter() - started
-            if file and (sums.done - saved >= self.checkpoint_every or sums.done == len(self.numbers)):
+            now = time.perf_counter() - started
+            if file and (sums.done - saved >= self.checkpoint_every or now >= due or sums.done == len(self.numbers)):
                 sums.save(file, fingerprint)
-                saved = sums.done
+                saved, written = sums.done, time.perf_counter() - started
+                due = written + CHECKPOINT_SECONDS * max(1.0, written - now)
         self.batch_size = sums.batch_size
         merged, values = sums.merged()
         self.attention |= {key: merged.pop(key) for key in list(merged) if f"/{ATTENTION}" in key}
