@@ -100,6 +100,9 @@ def test_a_model_that_is_being_trained_scores_like_a_frozen_one_and_stays_as_it_
     model = tiny("llama").train().requires_grad_(True)
     assert_equal_scores(scoring.score(model, token_windows, THREE, progress=False), expected)
     assert model.training and all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.enable_input_require_grads()  # as training with adapters or checkpointing does
+    assert_equal_scores(scoring.score(model, token_windows, THREE, progress=False), expected)
+    assert model.model.embed_tokens(torch.tensor([1])).requires_grad, "it goes on being trained as before"
     with pytest.raises(UserError, match="windows: token id -100 is no token"):
         scoring.score(model, np.where(token_windows == token_windows.max(), -100, token_windows), THREE, progress=False)
 

@@ -10,15 +10,20 @@ from hfprune_nb.models.units import attention_groups, gated_mlps, kept_indices
 
 @contextlib.contextmanager
 def frozen(model):
-    """Within the context, the model is as for inference: in evaluation mode, and no parameter asks for a gradient."""
+    """Within the context, the model is as for inference: in evaluation mode, and no parameter or embedding asks for a gradient.
+
+    Training with checkpointing or adapters makes embeddings ask for one, by a hook of the model's own.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     for parameter in trained:
         parameter.requires_grad_(False)
     model.eval()
+    handle = model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.detach())
     try:
         yield
     finally:
+        handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
         for module in training:
