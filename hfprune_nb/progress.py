@@ -6,6 +6,7 @@ A batch run also tells `hfprune study status` how far it is, in the small JSON f
 import contextlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -46,6 +47,33 @@ def bar(total, unit, description, enabled=True, rate=True):
     if os.environ.get("HFPRUNE_PROGRESS") == "log":
         return _Logged(mininterval=10, ascii=True, ncols=100, **options)
     return tqdm.auto.tqdm(**options)
+
+
+@contextlib.contextmanager
+def followed(path: Path, seconds: float = 1.0):
+    """Within the context, show as bars of its own what a run in another process tells in the file `path`, looked at every so
+    many `seconds`.
+    """
+    ended = threading.Event()
+
+    def follow():
+        shown = None
+        while not ended.wait(seconds):
+            with contextlib.suppress(OSError, ValueError):
+                state = json.loads(path.read_text(encoding="utf-8"))
+                if shown is None or shown.desc.removesuffix(": ") != state["what"]:
+                    shown and shown.close()
+                    shown = bar(state["total"], state["unit"], state["what"])
+                shown.update(state["n"] - shown.n)
+        shown and shown.close()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def told(path: Path) -> str:

@@ -104,6 +104,7 @@ def test_notebook_without_parameters_cell_is_refused(tmp_path):
 def test_start_finish_start(project):
     run = start_all("calibration")
     assert not run.done and "to be computed" in run.describe()
+    assert repr(run.describe()) == str(run.describe()), "a notebook shows it without quotes"
     artifact = finish(run)
     assert run.done and run.path("value.txt") == artifact.path("value.txt")
     again = start_all("calibration")
@@ -161,8 +162,10 @@ def test_bad_inputs_are_refused(project, tmp_path):
         start_all("scoring", calibration=artifact.reference)
 
 
-def test_empty_inputs_are_made_with_the_parameters_handed_down(project):
+def test_empty_inputs_are_made_with_the_parameters_handed_down(project, monkeypatch, capsys):
+    monkeypatch.setattr("hfprune_nb.inputs.shares.warning", lambda model, ratio: f"{model}: {ratio} is nearly all")
     run = start_all("pruning", seed=5)
+    assert capsys.readouterr().out.splitlines()[0] == "tiny: 0.2 is nearly all", "before anything is computed for it"
     scores = run.inputs["scores"]
     assert scores.parameters["seed"] == 5
     assert scores.path("notebook.ipynb").is_file()

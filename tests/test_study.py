@@ -561,6 +561,20 @@ def test_a_batch_run_tells_its_progress_in_a_file(tmp_path, monkeypatch):
     assert progress.told(tmp_path / "missing" / "progress.json") == ""
 
 
+def test_what_another_process_tells_is_shown_as_it_goes_on(tmp_path, capsys):
+    """A notebook that makes its own input is not silent for the hours that this takes."""
+    file = tmp_path / "progress.json"
+    with progress.followed(file, seconds=0.01):
+        for what, n in (("scoring", 250), ("scoring", 500), ("held-out text", 3)):
+            file.write_text(json.dumps({"what": what, "n": n, "total": 1000, "unit": "tok", "rate": 5.0, "time": time.time()}))
+            time.sleep(0.2)
+    shown = capsys.readouterr().err
+    assert "scoring:  50%" in shown and "held-out text:   0%" in shown and "3/1000" in shown
+    with progress.followed(tmp_path / "none.json", seconds=0.01):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_log_of_a_run_is_json_by_line(finished_project):
     (path,) = (finished_project / "results" / "toy" / "log").glob("*.jsonl")
     events = [json.loads(line) for line in path.read_text().splitlines()]

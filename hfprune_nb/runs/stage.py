@@ -16,7 +16,7 @@ from pathlib import Path
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import hub
-from hfprune_nb.progress import PROGRESS_FILE
+from hfprune_nb.progress import PROGRESS_FILE, followed
 from hfprune_nb.runs import kernel, pins
 from hfprune_nb.runs.artifacts import Artifact, Writer, finished, open_artifact
 from hfprune_nb.runs.grid import shown
@@ -25,6 +25,13 @@ from hfprune_nb.runs.locks import Lock
 from hfprune_nb.runs.parameters import complete, notebook_parameters, notebook_path, refuse_unknown
 from hfprune_nb.runs.provenance import peak_memory, surroundings
 from hfprune_nb.runs.stages import EVERYTHING, STAGES, Input
+
+
+class _Line(str):
+    """Text that a notebook shows without quotes."""
+
+    def __repr__(self):
+        return str(self)
 
 
 class StageError(RuntimeError):
@@ -60,6 +67,8 @@ def start(stage: str, /, **parameters) -> "Run":
     # A run that a study or another notebook started has its commits already, if it reads any.
     values = pins.pinned(stage, complete(stage, parameters), pins.known(folder), ask=PROGRESS_FILE not in os.environ)
     hub.pin(values.get("revisions", {}))
+    if sentence := STAGES[stage].warning(values):
+        sys.stdout.write(sentence + "\n")
     values = _resolve(stage, study, values)
     inputs = {}
     for name, given in STAGES[stage].inputs.items():
@@ -153,7 +162,7 @@ class Run:
     def describe(self) -> str:
         """Return one line: reference, state, and the parameters that are short."""
         shown = [f"{name} {value}" for name, value in self.parameters.items() if value and not isinstance(value, list)]
-        return f"{self.artifact.reference} ({'done' if self.done else 'to be computed'}): {', '.join(shown)}"
+        return _Line(f"{self.artifact.reference} ({'done' if self.done else 'to be computed'}): {', '.join(shown)}")
 
     def _card(self, facts: dict) -> dict:
         ended = datetime.now(UTC)
@@ -336,7 +345,8 @@ def _make_input(given: Input, study: str, values: dict, own_inputs: dict) -> str
     artifact = Artifact(study_folder(study) / given.stage / address(given.stage, upstream))
     if not artifact.current:
         sys.stdout.write(f"{artifact.reference} is missing: {STAGES[given.stage].notebook} makes it first\n")
-        execute(given.stage, study, upstream)
+        with followed(progress_file(artifact)):
+            execute(given.stage, study, upstream)
     return artifact.reference
 
 

@@ -66,6 +66,10 @@ class Stage:
     def check(self, values: dict) -> None:
         """Raise UserError for what can be seen to be wrong in a complete set of parameters before anything is loaded."""
 
+    def warning(self, values: dict) -> str | None:
+        """Return a sentence that a user should read before hours are spent on a run with these parameters, or None."""
+        return None
+
     def check_choices(self, values: dict) -> None:
         """Raise UserError for a value that is none of its parameter's choices."""
         for name, allowed in (CHOICES | self.choices).items():

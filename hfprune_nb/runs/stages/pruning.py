@@ -52,6 +52,11 @@ class Pruning(Stage):
         if rounds > 1 and not rule.member.in_rounds:
             raise UserError(f"allocation '{rule.name}' cannot share out in rounds: set rounds to 1, or choose another allocation")
 
+    def warning(self, values):
+        from hfprune_nb.inputs import shares  # it reads weights, which plans do not
+
+        return shares.warning(values["model"], values["ratio"])
+
     def plan(self, grid):
         seeds = grid.study.axes["calibration"].get("seed", [])
         for values in grid.combinations(self.name):
