@@ -152,6 +152,26 @@ class Difference:
         return not (self.low > 0 or self.high < 0)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What every seed has of every item: values (seeds, items), weights (items,), the item positions of each group, and notes."""
+
+    values: np.ndarray
+    weights: np.ndarray
+    groups: list[np.ndarray]
+    notes: list[str]
+
+    @property
+    def n_seeds(self) -> int:
+        """The number of seeds."""
+        return self.values.shape[0]
+
+    @property
+    def n_items(self) -> int:
+        """The number of items of all groups."""
+        return self.values.shape[1]
+
+
 def mean_interval(frame: pd.DataFrame) -> Interval:
     """Return the mean over calibration seeds and items with its 95 % interval.
 
@@ -175,12 +195,17 @@ def paired_difference(a: pd.DataFrame, b: pd.DataFrame) -> Difference:
     The p-value agrees with the interval: below 5 % where it excludes zero. With one seed it is NaN, `p_items` is not.
     Raises UserError when the two frames share no seed or no item.
     """
-    sample = _align(_pair(a, b))
+    sample = paired_sample(a, b)
     mean, errors, half, note = _judge(sample)
     judged = sample.n_seeds > 1 and np.isfinite(half)
     p = float(errors.p_value(mean)) if judged else np.nan
     p_items = float(errors.p_items(mean)) if np.isfinite(half) else np.nan
     return Difference(mean, mean - half, mean + half, p, p_items, errors, sample.n_seeds, sample.n_items, note)
+
+
+def paired_sample(a: pd.DataFrame, b: pd.DataFrame) -> Sample:
+    """Return A - B on the seeds and items that both frames hold; errors as `paired_difference`."""
+    return _align(_pair(a, b))
 
 
 def estimate(values: np.ndarray, weights: np.ndarray | None = None, groups: list | None = None) -> tuple[np.ndarray, Errors]:
@@ -289,22 +314,6 @@ def _pseudo_values(a, b, group) -> tuple[np.ndarray, list[np.ndarray]]:
     return found, groups
 
 
-@dataclass(frozen=True)
-class _Sample:
-    values: np.ndarray  # (seeds, items)
-    weights: np.ndarray  # (items,)
-    groups: list[np.ndarray]  # item positions of each group
-    notes: list[str]
-
-    @property
-    def n_seeds(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def n_items(self) -> int:
-        return self.values.shape[1]
-
-
 def _require(frame: pd.DataFrame, columns) -> None:
     if missing := [name for name in columns if name not in frame]:
         raise UserError(f"the frame lacks the column {missing[0]!r}: give one row per seed and item")
@@ -331,7 +340,7 @@ def _finite(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-def _align(frame: pd.DataFrame) -> _Sample:
+def _align(frame: pd.DataFrame) -> Sample:
     _require(frame, ("seed", "item", "value"))
     frame = frame.assign(weight=frame.get("weight", 1.0), group=frame.get("group", ""))
     _finite(frame["value"].to_numpy(dtype=float), "the value column")
@@ -349,7 +358,7 @@ def _align(frame: pd.DataFrame) -> _Sample:
         notes.append(ONE_SEED)
     weights = frame.groupby(["group", "item"])["weight"].mean().reindex(complete.index)
     groups = _positions(complete.index.get_level_values("group"))
-    return _Sample(complete.to_numpy(dtype=float).T, weights.to_numpy(dtype=float), groups, notes)
+    return Sample(complete.to_numpy(dtype=float).T, weights.to_numpy(dtype=float), groups, notes)
 
 
 def _half_width(mean: float, errors: Errors) -> tuple[float, str]:
@@ -360,7 +369,7 @@ def _half_width(mean: float, errors: Errors) -> tuple[float, str]:
     return (half, "") if half or not mean else (np.nan, "all values are equal: no interval")
 
 
-def _judge(sample: _Sample) -> tuple[float, Errors, float, str]:
+def _judge(sample: Sample) -> tuple[float, Errors, float, str]:
     """Return a sample's statistic, its errors, half the width of its interval and the notes."""
     mean, errors = estimate(sample.values, sample.weights, sample.groups)
     half, note = _half_width(float(mean), errors)

@@ -109,7 +109,7 @@ def measure_label(column: str, measure: str) -> str:
 
 def digits_of(measure: str) -> int:
     """Return how many decimals a difference in `measure` supports."""
-    return 1 if measure == "average" else 3
+    return 1 if UNITS[measure] == "%" else 3
 
 
 def format_difference(row: dict) -> str:
