@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hfprune_nb.cost import flops, memory, shapes, timing
 from hfprune_nb.cost.generation import CACHES, _rates, _token_times, compare, summarise
-from hfprune_nb.cost.precision import PAPER_WINDOWS, rank_correlation, study
+from hfprune_nb.cost.precision import PAPER_WINDOWS, others, rank_correlation, study
 from hfprune_nb.errors import UserError
 from hfprune_nb.models import final_hidden, gated_mlps
 from hfprune_nb.report import costs, style
@@ -238,6 +238,11 @@ def test_equal_contributions_stall_at_256_times_one_of_them():
     assert rows[2]["spearman"] < 1, "where a sum stalls depends on how its increment is rounded"
 
 
+def test_kept_neurons_that_are_others_are_counted_in_each_layer():
+    a, b = [torch.tensor([1.0, 2, 3, 4])] * 2, [torch.tensor([4.0, 3, 2, 1]), torch.tensor([1.0, 2, 4, 3])]
+    assert others(a, b, [3, 2]) == [1, 0] and others(a, b, [2, 1]) == [2, 1]
+
+
 def test_exact_sums_change_nothing_and_half_precision_more_with_more_windows():
     random = np.random.default_rng(1)
     contributions = [torch.from_numpy(random.gamma(0.5, size=(32, width))) for width in (400, 300)]
@@ -352,7 +357,7 @@ def test_the_sentence_on_sums_says_what_was_resampled():
 
 def test_figures_are_drawn_and_reproducible(summary, generation, tmp_path):
     matplotlib.use("Agg")
-    precision = pd.DataFrame({"criterion": ["entropy", "entropy"], "layer": [0, 1], "spearman": [0.9999, 1.0]})
+    precision = pd.DataFrame({"criterion": "entropy", "layer": [0, 1], "spearman": [0.9999, 1.0], "others": [2, 1], "kept": 900})
     for name, draw in {
         "bars": lambda: costs.cost_bars(summary, FACTS),
         "generation": lambda: costs.speed_against_ratio(generation, FACTS),
@@ -360,7 +365,8 @@ def test_figures_are_drawn_and_reproducible(summary, generation, tmp_path):
     }.items():
         written = [style.save(draw(), tmp_path / folder, name)[0].read_bytes() for folder in ("once", "again")]
         assert written[0] == written[1]
-    assert list(costs.correlation_table(precision, FACTS).display["Lowest layer"]) == ["0.99990"]
+    display = costs.correlation_table(precision, FACTS).display
+    assert list(display["Lowest layer"]) == ["0.99990"] and list(display["Kept neurons that are others"]) == ["3 of 1,800"]
 
 
 # The command and the stage

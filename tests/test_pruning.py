@@ -161,6 +161,16 @@ def test_indices_that_would_make_a_wrong_model_are_refused(row, words, tiny, tok
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_kept_neurons_within_rounding_of_those_that_go_are_counted():
+    """One step of bfloat16 is 2^-7: it could move one of the kept, and another ties; where all or none stay there is no cut."""
+    step = 2.0**-7
+    row = torch.tensor([5.0, 1 + step / 2, 0.1, 1.0, 1 + 2 * step, 1.0])
+    rows = [row, torch.arange(6.0), torch.arange(6.0)]
+    assert selection.within_rounding(rows, [4, 6, 0], "bfloat16") == 2
+    assert selection.within_rounding(rows, [4, 6, 0], torch.float32) == 1, "no precision decides a tie"
+    assert selection.within_rounding([-row], [2], "float32") == 1 and selection.within_rounding([row], [2], "float32") == 0
+
+
 @pytest.mark.parametrize("as_path", [str, lambda path: path])
 def test_kept_indices_survive_a_round_trip_and_truncation_is_told(as_path, tmp_path):
     kept, file = [[0, 2, 5], [], [1]], tmp_path / "kept.safetensors"

@@ -48,15 +48,25 @@ def rank_correlation(a, b) -> list[float]:
     return [_spearman(x.double().cpu(), y.double().cpu()) for x, y in zip(a, b, strict=True)]
 
 
+def others(a, b, kept: list[int]) -> list[int]:
+    """Return for each layer how many of the `kept` most important neurons by a are not among those by b, (neurons,) each.
+
+    Of equals the lower index goes first, as in pruning; half precision has many equals.
+    """
+    return [width - len(_best(x, width) & _best(y, width)) for x, y, width in zip(a, b, kept, strict=True)]
+
+
+def _best(values, kept):
+    return set(torch.argsort(values, stable=True)[-kept:].tolist())
+
+
 def _spearman(a, b):
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
 
 
 def _compare(sums, exact, kept):
-    # Of equals the lower index goes first, as in pruning; half precision has many equals.
-    best, theirs = (set(torch.argsort(values, stable=True)[-kept:].tolist()) for values in (sums, exact))
     return {
-        "changed": 1 - len(best & theirs) / kept,
+        "changed": others([sums], [exact], [kept])[0] / kept,
         "spearman": _spearman(sums, exact),
         "sum_fraction": float((sums / exact).nanmedian()),
     }

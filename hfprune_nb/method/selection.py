@@ -8,7 +8,7 @@ import torch
 from hfprune_nb import allocations, criteria
 from hfprune_nb.allocations import Allocation, Units
 from hfprune_nb.errors import UserError
-from hfprune_nb.models import attention_groups, count_parameters, gated_mlps
+from hfprune_nb.models import attention_groups, count_parameters, gated_mlps, resolve_dtype
 
 SPLITS = ("none", "proportional", "measured")
 
@@ -123,6 +123,21 @@ def read_scores(allocation: str | dict, scored: list[str | dict], load: Callable
         if name is None:
             raise UserError(f"allocation '{variant.name}' reads scores of criterion '{spec}': score the model with it too.")
         found[spec] = load(name)
+    return found
+
+
+def within_rounding(importance, widths: list[int], dtype: str | torch.dtype) -> int:
+    """Return how many kept neurons rounding alone may have put above the most important one that goes, in all layers together.
+
+    widths : neurons kept in each layer; dtype : in which the model was scored. Counted is what lies within one unit in the last
+    place; where a criterion is a small difference, as self-distillation is, precision decides more.
+    """
+    unit, found = torch.finfo(resolve_dtype(dtype)).eps, 0
+    for row, width in zip(check_importance(importance), widths, strict=True):
+        ordered = row.double().sort().values
+        if 0 < width < len(ordered):
+            highest = ordered[-width - 1]
+            found += int((ordered[-width:] <= highest + unit * highest.abs()).sum())
     return found
 
 

@@ -164,18 +164,25 @@ def inference_table(summary: pd.DataFrame, facts: dict, paper: pd.DataFrame | No
 
 
 def correlation_table(correlations: pd.DataFrame, facts: dict) -> Table:
-    """Return the rank correlation of half-precision scores with float64 ones: lowest layer, median layer, per criterion."""
+    """Return by criterion the rank correlation of its scores with float64 ones, of the lowest and of the median layer, and how
+    many of the neurons that pruning keeps are others.
+    """
     grouped = correlations.groupby("criterion", sort=False)["spearman"]
+    counts = correlations.groupby("criterion", sort=False)[["others", "kept"]].sum()
     display = pd.DataFrame(
         {
             "Criterion": [LEGEND.label(name) for name, _ in grouped],
             "Lowest layer": grouped.min().map("{:.5f}".format).to_numpy(),
             "Median layer": grouped.median().map("{:.5f}".format).to_numpy(),
+            "Kept neurons that are others": [f"{row.others:,} of {row.kept:,}" for row in counts.itertuples()],
         }
     )
     text = f"{facts['float64_windows']} x {facts['seq_len']} tokens"
-    note = f"Spearman's correlation within each layer, the engine in {facts['dtype']} and in float64 on the same {text}."
-    title = "The engine's ranking in half precision against float64"
+    note = (
+        f"Spearman's correlation within each layer, the engine in {facts['dtype']} and in float64 on the same {text}. Neurons kept "
+        f"at {percent(facts['accumulation_ratio'])} of all parameters with uniform widths: precision alone decides about the others."
+    )
+    title = f"The engine's ranking in {facts['dtype']} against float64"
     return Table("cost_precision", title, correlations, display, (note, protocol(facts)))
 
 

@@ -12,7 +12,7 @@ class Cost(Stage):
     choices = {"cache": ("dynamic", "static")}
     exported = True
     files = ("model", "corpus")
-    version = 2  # dtype is float32 by default, was bfloat16
+    version = 3  # precision.parquet counts kept neurons; dtype is float32 by default, was bfloat16
 
     def from_hub(self, parameters):
         # A shape has random weights and random tokens.
