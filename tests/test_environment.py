@@ -34,6 +34,7 @@ ALLOWED = {  # who may ask whom: the ground floor knows nobody, the measures kno
     "cost": {"criteria", "inputs", "models", "method"},
     "runs": {"criteria", "allocations", "inputs.hub"},
     "report": {"criteria", "allocations"},
+    "explore": {"criteria", "allocations", "inputs", "models", "method", "measure", "runs", "report"},
     "cli": {"criteria", "allocations", "inputs", "models", "method", "measure", "cost", "runs", "report"},
 }
 COMMON = {"errors", "families", "files", "paths", "processes", "progress", "text_files", "__version__"}

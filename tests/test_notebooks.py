@@ -28,7 +28,7 @@ from hfprune_nb.runs.stages.base import CHOICES
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-WITHOUT_STAGE = {"00_study.ipynb", "11_new_criterion.ipynb"}
+WITHOUT_STAGE = {"00_study.ipynb", "10_explore.ipynb", "11_new_criterion.ipynb"}
 STAGES = {path.name: name for name, path in ((name, FOLDER / entry.notebook) for name, entry in stages.STAGES.items())}
 STUDIES = sorted((FOLDER / "studies").glob("*.yaml"))
 IMPORTS = (ast.Import, ast.ImportFrom)

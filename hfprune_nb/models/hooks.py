@@ -92,6 +92,16 @@ def silenced(model, kept, groups=None):
     return _masked(model, [(units, _masks(units(model), rows)) for units, rows in chosen])
 
 
+def silenced_rows(model, kept):
+    """Return a context in which each row of a batch is another pruned model: in row r all neurons but `kept[r]` are zero.
+
+    kept : for each row what `silenced` takes; a batch must have as many rows.
+    """
+    mlps = gated_mlps(model)
+    masks = [torch.stack(layer)[:, None] for layer in zip(*(_masks(mlps, row) for row in kept), strict=True)]
+    return replaced(model, lambda layer, hidden: hidden * masks[layer])
+
+
 @contextlib.contextmanager
 def _masked(model, chosen):
     with contextlib.ExitStack() as stack:
