@@ -180,7 +180,7 @@ def correlation_table(correlations: pd.DataFrame, facts: dict) -> Table:
     text = f"{facts['float64_windows']} x {facts['seq_len']} tokens"
     note = (
         f"Spearman's correlation within each layer, the engine in {facts['dtype']} and in float64 on the same {text}. Neurons "
-        f"kept at {percent(facts['accumulation_ratio'])} of all parameters with uniform widths: precision alone decides the others."
+        f"kept at {percent(facts['accumulation_ratio'])} of all parameters, uniformly: precision alone decides the others."
     )
     title = f"The engine's ranking in {facts['dtype']} against float64"
     return Table("cost_precision", title, correlations, display, (note, protocol(facts)))
