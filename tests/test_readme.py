@@ -1,60 +1,56 @@
-"""The README shows what is committed: its table is the study's, its links lead somewhere, its example works."""
+"""README and docs show what is committed: generated parts are new, links lead somewhere, examples work."""
 
 import re
 import subprocess
+import tarfile
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 
-from hfprune_nb.runs import forecast, grid, study
+from hfprune_nb.runs import forecast, pages, study
 
 PROJECT = Path(__file__).parent.parent
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(PROJECT): path.read_text(encoding="utf-8") for path in [PROJECT / "README.md", *PROJECT.glob("docs/*.md")]
+}
+README, STUDIES = PAGES[Path("README.md")], PAGES[Path("docs/studies.md")]
 
 
-def committed_text(file):
-    """A file as it was committed: results/ holds what the user's last run wrote."""
-    answer = subprocess.run(["git", "-C", PROJECT, "show", f"HEAD:{file}"], capture_output=True, text=True, encoding="utf-8")
-    return answer.stdout if answer.returncode == 0 else (PROJECT / file).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """A folder with results as they were committed: results/ holds what the user's last run wrote."""
+    folder = tmp_path_factory.mktemp("committed")
+    answer = subprocess.run(["git", "-C", PROJECT, "archive", "HEAD", "--", ":(glob)results/*/tables/**"], capture_output=True)
+    if answer.returncode:
+        return PROJECT
+    with tarfile.open(fileobj=BytesIO(answer.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
 
 
-def test_tables_are_those_of_the_committed_results():
-    blocks = re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", README, flags=re.DOTALL)
-    assert blocks
-    for file, shown in blocks:
-        committed = committed_text(file).splitlines()
-        assert shown.strip().splitlines() == [line for line in committed if line.startswith("|")], file
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_generated_parts_are_new(page, committed):
+    assert pages.fill(PAGES[page], committed) == PAGES[page], "run `hfprune study pages`"
 
 
-def forecast_row(name, loaded):
-    """A row of the README's forecast for studies that are run together."""
-    tables = [forecast.forecast_table(each) for each in loaded]
-    stages = [
-        forecast.in_words(sum(table.loc[stage, "hours"] for table in tables)) for stage in ("scoring", "evaluation", "recovery")
-    ]
-    needs = {f"{each.name}/{job}": need for each in loaded for job, need in forecast.needs(each).items()}
-    depends_on = {
-        f"{each.name}/{job.reference}": [f"{each.name}/{other}" for other in job.depends_on]
-        for each in loaded
-        for job in grid.plan(each)
-    }
-    wholes = [forecast.in_words(forecast.total(needs, depends_on, workers)) for workers in (1, 8, 64)]
-    memory = max(table["memory"].max() for table in tables)
-    return f"| {' | '.join([name, *stages, *wholes, f'{memory:.0f} GB'])} |"
+def test_the_first_page_has_its_generated_parts_and_is_short():
+    families = re.findall(r"^\| `", README, flags=re.MULTILINE)  # one row each: a new member breaks nothing
+    assert len(README.splitlines()) - len(families) <= 92
+    for part in ("criteria", "allocations", "results/offline/tables/verdict.md", "results/offline/tables/overview.md"):
+        (shown,) = re.findall(rf"<!-- generated: {part}.*?-->\n(.*?)<!-- end -->", README, flags=re.DOTALL)
+        assert len(shown.split()) > 20, part
 
 
-def test_the_forecast_of_the_papers_studies_is_what_the_plan_says():
-    block = README.split("| study | scoring |")[1].split("\n\n")[0]
-    *shown, together = [line for line in block.splitlines() if line.startswith("| ")]
-    loaded = [study.load(line.split()[1]) for line in shown]
+def test_the_forecast_is_of_the_papers_studies():
+    (names,) = re.findall(r"<!-- generated: forecast of (.*?) -->", PAGES[Path("docs/cost.md")])
+    loaded = [study.load(name) for name in names.split(", ")]
     assert len(loaded) == 6 and all(each.sections["evaluation"]["device"] == "cuda" for each in loaded)
-    assert shown == [forecast_row(each.name, [each]) for each in loaded]
-    assert together == forecast_row("all six", loaded)
 
 
 def test_the_example_of_a_study_loads(tmp_path):
-    (example,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (example,) = re.findall(r"```yaml\n(.*?)```", STUDIES, flags=re.DOTALL)
     (tmp_path / "my-model").mkdir()
     (tmp_path / "mine.yaml").write_text(example)
     loaded = study.load(tmp_path / "mine.yaml")
@@ -67,13 +63,21 @@ def test_no_stage_of_a_study_is_longer_than_it_may_be():
         assert not forecast.overdue(study.load(file)), file.stem
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (PROJECT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_and_pictures_exist(page):
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        path = (PROJECT / page).parent / target
+        assert path.exists(), target
+        titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE) if heading else [heading]
+        assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], heading
+
+
+def test_every_page_of_the_docs_is_linked_from_the_first():
+    assert set(re.findall(r"\((docs/\w+\.md)", README)) == {str(page) for page in PAGES} - {"README.md"}
 
 
 def test_studies_and_notebooks_that_are_named_exist():
-    named = set(re.findall(r"`([\w.-]+)`", README))
+    named = set(re.findall(r"`([\w.-]+)`", STUDIES))
     for file in (PROJECT / "notebooks" / "studies").glob("*.yaml"):
         assert file.stem in named, file.stem
     for notebook in (PROJECT / "notebooks").glob("*.ipynb"):

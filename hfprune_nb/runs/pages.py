@@ -26,7 +26,7 @@ img,svg{max-width:100%;height:auto;background:#fff}
 pre{overflow-x:auto;background:#8882;padding:.5rem;font-size:.85rem}.output_stderr pre{opacity:.7}
 .prompt,.anchor-link{display:none}summary{cursor:pointer;font-weight:bold;margin:.5rem 0}"""
 _MADE_BY = "Made by "
-_BLOCK = re.compile(r"(<!-- generated: (\S+?)(?: rows (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- generated: (\S+)(?: (?:rows|of) ([^\n]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 _LINK = re.compile(r'href="(?![a-z]+:)([^"#]*?)(README\.md|\.md|\.ipynb)(#[^"]*)?"')
 
 
@@ -78,34 +78,64 @@ def study_page(folder: Path) -> str:
 def fill(text: str, project: Path) -> str:
     """Return `text` with its generated parts made anew; files are named as seen from `project`, and may be missing.
 
-    A part stands between `<!-- generated: WHAT -->` and `<!-- end -->`. WHAT is `criteria`, `allocations`, or a Markdown file: a
-    table of results, of which `rows A, B` takes those rows that have one of these cells, or plain text.
+    A part stands between `<!-- generated: WHAT -->` and `<!-- end -->`. WHAT is `criteria`, `allocations`, `protocol of STUDY`,
+    `forecast of STUDY, STUDY`, or a Markdown file: plain text, or a table, of which `rows A, B` takes the rows with such a cell.
     """
     return _BLOCK.sub(lambda found: f"{found[1]}{_part(found[2], found[3], project)}{found[4]}", text)
 
 
-def _part(what: str, wanted: str | None, project: Path) -> str:
+def _part(what: str, wanted: str, project: Path) -> str:
+    wanted = wanted.split(", ") if wanted else []
     if what in ("criteria", "allocations"):
-        return _family(what)
-    text = (project / what).read_text(encoding="utf-8") if (project / what).is_file() else ""
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    if wanted:
-        cells = set(wanted.split(", "))
-        rows = rows[:2] + [row for row in rows[2:] if cells & {cell.strip() for cell in row.split("|")}]
-    return "".join(f"{line}\n" for line in rows or text.strip().splitlines())
+        rows = _family(what)
+    elif what == "protocol":
+        rows = _protocol(project / "results" / wanted[0]).splitlines()
+    elif what == "forecast":
+        rows = _forecast(wanted)
+    else:
+        text = (project / what).read_text(encoding="utf-8") if (project / what).is_file() else ""
+        rows = [line for line in text.splitlines() if line.startswith("|")] or text.splitlines()
+        if wanted:
+            rows = rows[:2] + [row for row in rows[2:] if {cell.strip() for cell in row.split("|")} & set(wanted)]
+    return "".join(f"{row}\n" for row in rows)
 
 
-def _family(name: str) -> str:
+def _family(name: str) -> list[str]:
     """Return a family as a Markdown table, one row for each member: what a study calls it, what it is, where it is from."""
     from hfprune_nb import allocations, criteria
 
     family = {"criteria": criteria, "allocations": allocations}[name]
-    rows = [f"| {name} | | source |", "|---|---|---|"]
+    rows = []
     for variant in sorted(family.variants(family.names()), key=lambda variant: variant.order):
         member = variant.member
         line = " ".join(sys.modules[member.__module__].__doc__.strip().split("\n\n")[0].split())
-        rows.append(f"| `{variant.name}` | {line} | {member.source} |")
-    return "".join(f"{row}\n" for row in rows)
+        kind = [member.kind] if name == "criteria" else []
+        cells = [f"`{variant.name}`", *kind, line, member.source]
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    head = [member.noun, *(["kind"] if name == "criteria" else []), "what it is", "source"]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
+
+
+def _forecast(names: list[str]) -> list[str]:
+    """Return what `study plan` says of studies as a Markdown table, a row for each and one for all of them together."""
+    from hfprune_nb.runs import forecast, grid, study
+
+    loaded = [study.load(name) for name in names]
+    stages = ("scoring", "evaluation", "recovery")
+    rows = [["study", *stages, "1 GPU", "8 GPUs", "64 GPUs", "GPU memory"], ["---"] * 8]
+    for label, studies in [*((each.name, [each]) for each in loaded), (f"all {len(loaded)}", loaded)]:
+        tables = [forecast.forecast_table(each) for each in studies]
+        hours = [sum(table.loc[stage, "hours"] for table in tables) for stage in stages]
+        needs = {f"{each.name}/{job}": need for each in studies for job, need in forecast.needs(each).items()}
+        depends_on = {
+            f"{each.name}/{job.reference}": [f"{each.name}/{other}" for other in job.depends_on]
+            for each in studies
+            for job in grid.plan(each)
+        }
+        hours += [forecast.total(needs, depends_on, workers) for workers in (1, 8, 64)]
+        memory = max(table["memory"].max() for table in tables)
+        rows.append([label, *map(forecast.in_words, hours), f"{memory:.0f} GB"])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _write_study(folder: Path) -> None:
