@@ -605,7 +605,10 @@ print("after")
     notebook = nbformat.read(executed, as_version=4)
     said = "".join(output.text for output in notebook.cells[-2].outputs)
     assert "scoring: 100%" in said and "reading: 3it" in said
+    bar = nbformat.v4.new_output("display_data", {export.WIDGET: {"model_id": "1"}, "text/plain": "scoring: 100%"})
+    notebook.cells[-1].outputs, notebook.metadata["widgets"] = [bar], {"state": {}}
     shown = export.without_progress(notebook)
+    assert "widgets" not in shown.metadata
     written = {name: "".join(o.text for o in shown.cells[-2].outputs if o.name == name) for name in ("stdout", "stderr")}
     assert written == {"stdout": "before\nafter\n", "stderr": "library.py:3: FutureWarning: 20 % [or so]\n"}
     assert shown.cells[-1].outputs == []

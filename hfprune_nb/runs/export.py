@@ -14,6 +14,7 @@ from hfprune_nb.runs.stages import STAGES
 
 # A line of a tqdm bar, as `held-out text:  41%|####      | 840/2048 [00:01<00:01, 812tok/s]`.
 PROGRESS = re.compile(r"\d+%\|.*\|.*\[.*\]|: \d+\S* \[\d\d:\d\d")
+WIDGET = "application/vnd.jupyter.widget-view+json"  # JupyterLab's bars, which no longer move
 # A link from one notebook to another, and the file of a cell's code in a warning.
 _NEIGHBOUR = re.compile(r"\[([^\]]*)\]\((\w+)\.ipynb\)")
 _KERNEL = re.compile(r"/[^\s\"']*/(?=ipykernel_\d+/)")
@@ -118,7 +119,8 @@ def without_progress(notebook):
                 lines = output.text.splitlines(keepends=True)
                 output.text = "".join(line for line in lines if line.strip() and not PROGRESS.search(line))
         if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.output_type != "stream" or output.text]
+            cell.outputs = [output for output in cell.outputs if output.get("text", True) and WIDGET not in output.get("data", {})]
+    notebook.metadata.pop("widgets", None)
     return notebook
 
 
