@@ -86,6 +86,8 @@ def figures_value(loaded, job):
         ({"run": {"offline": 1}}, "run.offline must be true or false"),
         ({"calibration": {"n_window": 8}}, "section calibration: .*did you mean 'n_windows'"),
         ({"calibration": {"n_windows": "8"}}, "section calibration: parameter 'n_windows'"),
+        ({"evaluation": {"tasks": "choice"}}, r"parameter 'tasks' .* must be list.* str 'choice': write \[...\]"),
+        ({"criteria": "entropy"}, "criteria must be a list"),
         ({"calibration": {"seed": 8}}, "calibration.seed is set by the grid"),
         ({"scoring": {"calibration": "x"}}, "scoring.calibration is set by the grid"),
         ({"recovery": {}, "recovery_criteria": ["entropie"]}, "recovery_criteria: unknown 'entropie', did you mean 'entropy'"),
