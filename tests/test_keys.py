@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hfprune_nb import criteria
+from hfprune_nb import criteria, models
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import benchmarks, hub
 from hfprune_nb.runs import artifacts, forecast, keys, parameters, pins, provenance, stage, study
@@ -177,6 +177,8 @@ def test_a_revision_pins_the_weights(tmp_path):
     assert re.fullmatch("files sha256 [0-9a-f]{16}", found)
     (folder / "model.safetensors").write_bytes(b"2")
     assert provenance.model_revision({"model": str(folder), "revisions": {}}) != found
+    assert all(re.fullmatch("file sha256 [0-9a-f]{16}", models.revision(alias)) for alias in models.aliases())
+    assert models.revision("owner/name") == ""
     commit = "0a" * 20
     assert provenance.model_revision({"model": "owner/name", "revisions": {"owner/name": commit}}) == f"commit {commit}"
 

@@ -13,6 +13,7 @@ from hfprune_nb.models.loading import (
     notes,
     resolve_device,
     resolve_dtype,
+    revision,
     tokenizer,
 )
 from hfprune_nb.models.probe import agree, check_groups, check_neurons, check_recomputation, reads_packed, widened
@@ -56,6 +57,7 @@ __all__ = [
     "reads_packed",
     "resolve_device",
     "resolve_dtype",
+    "revision",
     "set_groups",
     "tokenizer",
     "weights_digest",

@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
+from hfprune_nb.files import sha256
 from hfprune_nb.inputs import hub
 from hfprune_nb.models import adapters, checkpoint, tiny
 from hfprune_nb.models.per_layer import model_class
@@ -178,6 +179,17 @@ def configuration(name: str | Path, trust_remote_code: bool = False):
     checkpoint.check_configuration(name, Path(source), trust_remote_code)
     with _one_sentence(name):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def revision(name: str) -> str:
+    """Return what pins the weights of one of `aliases`, with 16 hex digits of a file's SHA-256; empty for other models."""
+    if name not in aliases():
+        return ""
+    if name == TINY:
+        return f"file sha256 {sha256(Path(_source(name)) / 'model.safetensors')[:16]}"
+    from hfprune_nb.inputs import assets
+
+    return assets.revision(name)
 
 
 def notes(name: str | Path) -> list[str]:

@@ -31,7 +31,7 @@ def peak_memory() -> int | None:
 def model_revision(parameters: dict) -> str:
     """Return what pins the weights of a run's model: a commit of the hub, the first 16 hex digits of a SHA-256 of local files.
 
-    Empty for the kit's own aliases (`assets.revision`).
+    Empty for the kit's own aliases (`models.revision`).
     """
     name = parameters["model"]
     commit = parameters["revisions"].get(hub.repository(name), "")
