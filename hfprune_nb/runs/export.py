@@ -119,7 +119,8 @@ def without_progress(notebook):
                 lines = output.text.splitlines(keepends=True)
                 output.text = "".join(line for line in lines if line.strip() and not PROGRESS.search(line))
         if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if output.get("text", True) and WIDGET not in output.get("data", {})]
+            words = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = [output for output in words if output.output_type != "stream" or output.text]
     notebook.metadata.pop("widgets", None)
     return notebook
 
