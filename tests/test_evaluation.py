@@ -398,6 +398,12 @@ def test_an_evaluation_goes_on_with_the_next_task(tiny_alias, two_tasks, monkeyp
             evaluation.benchmark_items(*tiny_alias, two_tasks, **arguments | changes, scratch=tmp_path)
 
 
+def test_progress_says_which_task_of_how_many(tiny_alias, two_tasks, capsys):
+    evaluation.benchmark_items(*tiny_alias, two_tasks, "local", limit=2)
+    shown = capsys.readouterr().err
+    assert all(f"{name}, task {number} of 2: 100%" in shown for number, name in enumerate(two_tasks, start=1))
+
+
 def test_a_task_does_not_depend_on_its_company(tiny_alias, two_tasks):
     together, *_ = evaluation.benchmark_items(*tiny_alias, two_tasks, "local", limit=6)
     alone, *_ = evaluation.benchmark_items(*tiny_alias, two_tasks[1:], "local", limit=6)

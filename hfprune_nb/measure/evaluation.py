@@ -137,7 +137,8 @@ def benchmark_items(
         settings = {"source": source, "limit": limit, "batch_size": batch_size, "bos": bos, "max_length": max_length}
         claim(Path(scratch), settings | {"dtype": str(model.dtype), "model": weights_digest(model)})
     frames, protocol = [], {}
-    for name, task in chosen.items():
+    for number, (name, task) in enumerate(chosen.items(), start=1):
+        language_model.task = f"{name}, task {number} of {len(chosen)}"
         kept = Path(scratch) / f"{name}.parquet" if scratch else None
         if kept and kept.is_file():
             items = pd.read_parquet(kept)

@@ -7,11 +7,11 @@ import math
 import torch
 import torch.distributed
 from lm_eval.models.huggingface import HFLM
-from tqdm import tqdm
 
 from hfprune_nb import processes
 from hfprune_nb.inputs import tokenization
 from hfprune_nb.models import Head, agree, check_tokens, head, widened
+from hfprune_nb.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,10 @@ class SharedPrefixLM(HFLM):
     is its depth. A beginning that all requests of a task share is read once and kept as keys and values. Logits are taken in
     float32, and only where a continuation is predicted. Log-likelihoods equal HFLM's within float error. `batch_size` counts
     questions. Requests that do not fit `max_length`, or the sliding window of the model, go to HFLM, as does generation.
-    In a process group the harness shares the items among its processes.
+    In a process group the harness shares the items among its processes. `task` : what its progress bars are called.
     """
+
+    task = "log-likelihoods"
 
     def __init__(self, model, tokenizer, batch_size: int = 16, max_length: int = 2048, bos: bool | str = tokenization.AUTO):
         super().__init__(
@@ -149,7 +151,7 @@ class SharedPrefixLM(HFLM):
         sequences = {i: (requests[i][1] + requests[i][2][:-1])[cached:] for i, fit in enumerate(fits) if fit}
         questions = _questions(sequences)
         answers = [None] * len(requests)
-        with tqdm(total=len(sequences), desc="log-likelihoods", disable=disable_tqdm, mininterval=5) as progress:
+        with bar(len(sequences), "sequence", self.task, enabled=not disable_tqdm) as progress:
             for start in range(0, len(questions), self.batch_size):
                 rows, paths = _rows(questions[start : start + self.batch_size], sequences)
                 hidden = self._hidden(rows, cached, cache)
