@@ -315,14 +315,14 @@ def test_the_notebook_answers_every_question(tmp_path, monkeypatch):
     artifact(study, "experiments", f"{0:016x}", synthetic.experiments)
     made = stage.execute("questions", "asked", {})
     answers = json.loads(made.path("answers.json").read_text())
-    assert set(answers) == {"choice", "truth", "distribution", "calibration", "gradient", "components"}
+    assert set(answers) == {"choice", "truth", "distribution", "calibration", "gradient", "components", "power"}
     assert all(len(sentences) == 1 and MODEL in sentences[0] for sentences in answers.values())
     names = ("importance", "rank_agreement", "kept_overlap", "widths", "truth", "entropy_split", "calibration", "gradient")
-    names += ("components",)
+    names += ("components", "power")
     assert {path.stem for path in made.path("figures").glob("*.svg")} == set(names)
     assert all(
         made.path(f"tables/{name}.md").stat().st_size
-        for name in ("components", "widths", "truth", "entropy_split", "calibration_text")
+        for name in ("components", "power", "widths", "truth", "entropy_split", "calibration_text")
     )
     outputs = [o for cell in nbformat.read(made.path("notebook.ipynb"), 4).cells for o in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from hfprune_nb import paths
-from hfprune_nb.cli.parsing import command, positive, say
+from hfprune_nb.cli.parsing import above_zero, command, positive, say
 from hfprune_nb.errors import UserError
 
 _RUN_EXAMPLES = """STUDY is a file, or the name of one in notebooks/studies.
@@ -47,6 +47,14 @@ _COMPARE_EXAMPLES = """examples:
 
 Exit status: 0 every number agrees, up to rounding or inside the other's interval, 1 one does not, 2 bad input.
 """
+_POWER_EXAMPLES = """examples:
+  hfprune study power offline                                       0.5 points, 0.01 nats, 0.003 of JS distance at 20 %
+  hfprune study power offline --detect 1.5 --detect-nats 0.02 --ratio 0.3
+  hfprune study power offline --max-windows 60 --device cuda        no more text than that, by the rates of a GPU
+
+Costs are what the study's own runs took, with --device the rates behind `plan`.
+Exit status: 0 a plan was given, 2 bad input or too little to plan with.
+"""
 _CLEAN_EXAMPLES = """examples:
   hfprune study clean offline            shows what would go and asks
   hfprune study clean offline --yes      artifacts go, exported tables and figures stay
@@ -77,9 +85,22 @@ def add_study(groups) -> None:
     compared.add_argument(
         "--against", default="HEAD", metavar="RUN", help="a study's results folder, or a commit (default: HEAD)"
     )
+    power = command(study, "power", "plan the cheapest study that finds a stated difference", _POWER_EXAMPLES, _power)
+    for name, measure, words in (
+        ("--detect", "average", "points of the average of tasks"),
+        ("--detect-nats", "perplexity", "nats per token of log-perplexity"),
+        ("--detect-js", "js", "of JS distance to the dense model"),
+        ("--detect-kl", "kl", "nats of KL to the dense model"),
+    ):
+        power.add_argument(name, dest=measure, type=above_zero, metavar="D", help=f"find a difference of D {words}")
+    power.add_argument("--ratio", type=above_zero, default=0.0, help="of all parameters (default: the study's middle one)")
+    power.add_argument("--family", type=positive, default=0, help="comparisons that Holm counts (default: pairs of criteria)")
+    power.add_argument("--max-windows", type=positive, default=0, metavar="N", help="so many held-out windows there are")
+    power.add_argument("--device", choices=("cpu", "cuda"), default="", help="hours by the rates of this kind of device")
+    power.add_argument("--workers", type=positive, default=0, metavar="N", help="jobs at a time (default: as the file says)")
     rates.add_argument("cards", nargs="+", metavar="CARDS", help="exported cards.json of a study, its run.log beside it")
     graph = command(study, "graph", "print the jobs and what they wait for as JSON", run=_graph)
-    for each in (plan, run, status, verify, clean, compared, job, graph):
+    for each in (plan, run, status, verify, clean, compared, power, job, graph):
         each.add_argument("study", metavar="STUDY", help="study file, or the name of one in notebooks/studies")
         each.add_argument("--results", metavar="DIR", help="results folder of all studies (default: results)")
     job.add_argument("job", metavar="JOB", help="stage/key")
@@ -292,6 +313,35 @@ def _pages(options) -> int:
         if (filled := pages.fill(text, project)) != text:
             path.write_text(filled, encoding="utf-8")
             say(f"generated parts of {path.relative_to(project)} are new")
+    return 0
+
+
+def _power(options) -> int:
+    from hfprune_nb.report import power, results
+    from hfprune_nb.runs import lineage
+    from hfprune_nb.runs.artifacts import Artifact
+
+    loaded = _load(options)
+    made = [Artifact(loaded.folder / job.reference) for job in loaded.jobs if job.stage == "evaluation"]
+    if not (made := [artifact for artifact in made if artifact.done]):
+        raise UserError(f"study {loaded.name} has no finished evaluation yet: run it first, its variances decide the plan")
+    measured = results.collect(artifact.folder for artifact in made)
+    costs, workers = {}, options.workers or loaded.run["workers"]
+    for model in measured.model_names:
+        found = lineage.unit_hours(made, model, measured.compared(model), options.device, own=not options.device)
+        if found:
+            costs[model] = power.Costs(**found, workers=workers)
+    given = {measure: value for measure in ("average", "perplexity", "js", "kl") if (value := getattr(options, measure))}
+    most = options.max_windows or power.MOST_WINDOWS
+    table = power.power_table(measured, costs, given or power.DETECT, options.ratio, options.family, most)
+    if table.display.empty:
+        raise UserError(f"study {loaded.name} has no two criteria with two seeds on one measure: nothing to plan with")
+    say(table.display.to_string(index=False))
+    for note in table.notes:
+        say(textwrap.fill(note, 130))
+    for model in costs:
+        if (table.long["measure"] == "average").any():
+            say(textwrap.fill(power.paper_sentence(table, model), 130))
     return 0
 
 

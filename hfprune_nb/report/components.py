@@ -59,16 +59,8 @@ def components(values: np.ndarray, weights: np.ndarray | None = None, groups: li
     n_seeds, n_items = values.shape
     weights = np.ones(n_items) if weights is None else weights
     groups = [np.arange(n_items)] if groups is None else groups
-    draws = np.random.default_rng(0)
-    per_seed, squares = np.zeros(n_seeds), []
-    for group in groups:
-        part, share, free = values[:, group], weights[group] / weights[group].sum(), len(group) - 1
-        mean = part @ share
-        per_seed += mean / len(groups)
-        influence = (part - mean[:, None]) * share * len(group)
-        by_item = influence.mean(axis=0)
-        squares.append(((by_item**2).sum(), ((influence - by_item) ** 2).sum(), free, len(group)))
-    items, rest, free, sizes = np.array(squares, dtype=float).T
+    per_seed, items, rest, sizes = squares(values, weights, groups)
+    draws, free = np.random.default_rng(0), sizes - 1
     with np.errstate(divide="ignore", invalid="ignore"):
         if n_seeds == 1:
             drawn = (items / draws.chisquare(np.maximum(free, 1), (DRAWS, len(groups)))).sum(-1) / len(groups) ** 2
@@ -98,6 +90,22 @@ def components(values: np.ndarray, weights: np.ndarray | None = None, groups: li
     low, high = (dict(zip(KINDS, map(float, row), strict=True)) for row in bounds)
     p = float(stats.f.sf(together, n_seeds - 1, noise_free)) if np.isfinite(together) else np.nan
     return Components(*map(float, found), low, high, float(together), p)
+
+
+def squares(values: np.ndarray, weights: np.ndarray, groups: list) -> tuple[np.ndarray, ...]:
+    """Return the statistic of each seed (seeds,), and of each group the sums of squares of items and of the rest and its size.
+
+    Of unequal weights they are those of what each item adds to the weighted mean, as in `intervals.estimate`.
+    """
+    per_seed, found = np.zeros(len(values)), []
+    for group in groups:
+        part, share = values[:, group], weights[group] / weights[group].sum()
+        mean = part @ share
+        per_seed += mean / len(groups)
+        influence = (part - mean[:, None]) * share * len(group)
+        by_item = influence.mean(axis=0)
+        found.append(((by_item**2).sum(), ((influence - by_item) ** 2).sum(), len(group)))
+    return per_seed, *np.array(found, dtype=float).T
 
 
 def components_table(results: Results | None) -> Table:

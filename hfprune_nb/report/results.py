@@ -69,6 +69,10 @@ class Results:
         """The models of the study."""
         return list(dict.fromkeys(self.models["model"]))
 
+    def compared(self, model: str) -> list[str]:
+        """Return the criteria that are held against each other on `model`, in order."""
+        return self.legend.compared(self.models.loc[self.models["model"] == model, "criterion"])
+
     def middle_ratio(self, model: str) -> float:
         """Return the middle one of the ratios at which `model` was pruned, 0 where it was not."""
         ratios = sorted(self.models.loc[(self.models["model"] == model) & (self.models["ratio"] > 0), "ratio"].unique())

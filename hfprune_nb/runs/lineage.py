@@ -1,7 +1,9 @@
 """What finished artifacts were made from, and what all of that takes."""
 
+import functools
 from collections.abc import Iterable
 
+from hfprune_nb import criteria
 from hfprune_nb.runs import forecast
 from hfprune_nb.runs.artifacts import Artifact
 from hfprune_nb.runs.parameters import complete
@@ -40,3 +42,43 @@ def cost_sentence(artifacts: Iterable[Artifact]) -> str:
     total = sum(spent.values())
     parts = ", ".join(f"{each / total:.0%} {stage}" for stage, each in spent.items() if each > 0.05 * total)
     return f"By the kit's measured rates this takes {forecast.in_words(total)}, one job after another ({parts})."
+
+
+def unit_hours(
+    artifacts: Iterable[Artifact], model: str, names: Iterable[str], device: str = "", own: bool = False
+) -> dict | None:
+    """Return what one more seed, window and item cost a study that compares the criteria `names` on `model`, by measured rates.
+
+    The settings are those of these evaluations and of what their models were made from; None where that is not all there. Hours
+    of one job after another, as `report.power.Costs` takes them: fixed, seed, window, item (by task), models. device : `cpu` or
+    `cuda` in place of the study's own. own : by what these runs took on a CPU, whatever else the machine did.
+    """
+    found, known, names = lineage(artifacts), forecast.rates(), list(names)
+    on = {"device": device} if device else {}
+    every = {reference: complete(reference.partition("/")[0], one.parameters) | on for reference, one in found.items()}
+    if own:
+        cards = {reference: artifact.card for reference, artifact in found.items()}
+        cpu = forecast.fit([(cards, known["devices"]["cpu"]["startup_seconds"])], known)
+        known = known | {"devices": known["devices"] | {"cpu": cpu}}
+    wanted = {name.partition("@")[0] for name in names}
+    for values in (each for reference, each in every.items() if reference.startswith("evaluation/")):
+        pruning = every.get(values["pruned"])
+        scoring = every.get(pruning["scores"]) if pruning else None
+        if values["model"] == model and not values["recovered"] and scoring and scoring["calibration"] in every:
+            break
+    else:
+        return None
+    specs = [variant.spec for variant in criteria.variants(scoring["criteria"]) if variant.name in wanted]
+    need = functools.partial(forecast.need, known=known, ancestor=every.__getitem__)
+    start = need("evaluation", values | {"tasks": [], "n_windows": 0}).seconds
+    one = values | {"tasks": [], "n_windows": 1, "perplexity_corpora": values["perplexity_corpora"][:1], "limit": 1}
+    per_item = {task: one | {"tasks": [task], "n_windows": 0} for task in values["tasks"]}
+    made = len(names) * (need("pruning", pruning).seconds + start)
+    scored = need("calibration", every[scoring["calibration"]]).seconds + need("scoring", scoring | {"criteria": specs}).seconds
+    return {
+        "fixed": start / 3600,
+        "seed": (scored + made) / 3600,
+        "window": (need("evaluation", one).seconds - start) / 3600,
+        "item": {task: (need("evaluation", each).seconds - start) / 3600 for task, each in per_item.items()},
+        "models": len(names),
+    }
