@@ -1,10 +1,13 @@
 """Which recipe to take: the table, what is chosen of it for each need, sentences and figures."""
 
+import itertools
+
 import matplotlib as mpl
 import numpy as np
 import pytest
 import synthetic
 
+from hfprune_nb.files import read_json, write_json
 from hfprune_nb.report import intervals, recommendation
 from hfprune_nb.report.results import collect
 
@@ -62,6 +65,28 @@ def test_each_need_gets_the_best_that_meets_it(table):
     assert chosen.loc[(0.2, "plain"), "kl"] == best["kl"] and chosen.loc[(0.2, "any"), "kl"] <= best["kl"]
     assert chosen.loc[(0.2, "forward"), "criterion"] in ("magnitude", "random"), "only these run no backward pass here"
     assert "one_hot_ce@global" in set(table.long["criterion"])
+
+
+def test_passes_of_rounds_and_of_what_an_allocation_measures_are_counted(tmp_path):
+    """Twelve layers; two of the measured windows to sixteen of the text: (1 + 5 * 12 / 2) / 8 passes for the curves."""
+    measured = {"sensitivity": {"windows": 2}, "as": "measured"}
+    rules = {"uniform": "uniform", "dlp": "dlp", "measured": measured}
+    folders, prunings = [synthetic.evaluation(tmp_path / "dense")], []
+    for criterion, (name, spec) in itertools.product(("magnitude", "entropy"), rules.items()):
+        chosen = {"allocation": name, "allocation_spec": spec}
+        folders.append(synthetic.evaluation(tmp_path / f"{criterion}-{name}", criterion, 0.2, 0, **chosen))
+        summary = read_json(folders[-1] / "summary.json")
+        summary["protocol"]["calibration"] = {"corpus": "c4-sample", "n_windows": 16, "seq_len": 8}
+        write_json(folders[-1] / "summary.json", summary)
+        facts = {"model": MODEL, "criterion": criterion, "ratio": 0.2, "seed": 0, "rounds": 3 if name == "uniform" else 1}
+        prunings.append(tmp_path / f"pruned-{criterion}-{name}")
+        prunings[-1].mkdir()
+        write_json(prunings[-1] / "pruning.json", facts | chosen | {"widths": [5] * 12})
+    found = recommendation.recommendation_table(folders, prunings)
+    forwards = {row["criterion"]: row["forwards"] for row in found.long.to_dict("records")}
+    curves = (1 + 5 * 12 / 2) * 2 / 16
+    assert forwards == {"magnitude": 0, "magnitude@dlp": 1, "magnitude@measured": curves, "entropy": 9, "entropy@dlp": 3,
+                        "entropy@measured": 3 + curves}  # fmt: skip
 
 
 def test_sentences_and_figures_name_what_was_found(table):

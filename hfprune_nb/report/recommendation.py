@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from hfprune_nb.files import read_json
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import Results, collect, model_row, percent, read_summary, split_of, treatment
@@ -26,14 +27,14 @@ _MEASURED = ["kl", "kl_low", "kl_high", "times", "low", "high", "p", "n_seeds", 
 _COLUMNS = ["model", "ratio", "criterion", "compensation", "loads_with", "forwards", *_MEASURED]
 
 
-def recommendation_table(evaluation_folders: Iterable[Path]) -> Table:
+def recommendation_table(evaluation_folders: Iterable[Path], pruning_folders: Iterable[Path] = ()) -> Table:
     """Return for each recipe the KL to the dense model, and its ratio to that of HFPrune: entropy, uniform, uncompensated.
 
     A recipe is a criterion with its allocation (`style.series`) and a compensation. KL is the geometric mean over held-out
     windows, so that ratios are differences of logarithms, paired on the same windows and calibration seeds; corpora count alike.
-    `times` below 1 is closer to the dense model than HFPrune; `forwards` counts forward passes over the calibration text for
-    scoring by the criterion, a backward pass as two, and not what an allocation measures or reads beside. `p_holm` : Holm's
-    adjustment over the recipes of one model and ratio. Errors as `results.collect`.
+    `times` below 1 is closer to the dense model than HFPrune; `forwards` counts forward passes over the calibration text, a
+    backward pass as two, for scoring in all rounds and for what the allocation measures, of which the prunings know the numbers.
+    `p_holm` : Holm's adjustment over the recipes of one model and ratio. Errors as `results.collect`.
     """
     summaries = {Path(folder): read_summary(folder) for folder in evaluation_folders}
     summaries = {folder: summary for folder, summary in summaries.items() if split_of(summary) in (DENSE, NONE)}
@@ -41,6 +42,8 @@ def recommendation_table(evaluation_folders: Iterable[Path]) -> Table:
     kinds = sorted({treatment(summaries[folder])[1] for folder in untuned} - {NONE})
     read = {kind: collect(untuned, compensation=kind) for kind in (NONE, *kinds)}
     loads = {_place(summary): summary.get("loads_with", PLAIN) for summary in summaries.values()}
+    texts = {_place(summary): summary["protocol"].get("calibration", {}).get("n_windows", 1) for summary in summaries.values()}
+    prunings = {_place(facts): facts for facts in (read_json(Path(folder) / "pruning.json") for folder in pruning_folders)}
     results = read[NONE]
     rows = []
     for kind, part in read.items():
@@ -48,7 +51,10 @@ def recommendation_table(evaluation_folders: Iterable[Path]) -> Table:
         for model, criterion, ratio in pruned[["model", "criterion", "ratio"]].itertuples(index=False):
             own = _log_kl(part, model, criterion, ratio)
             row = {"model": model, "ratio": ratio, "criterion": criterion, "compensation": kind}
-            row |= {"forwards": results.legend.forwards(criterion), "loads_with": loads[model, criterion, ratio, kind]}
+            place = model, criterion, ratio, kind
+            facts = prunings.get(place, {"widths": []})
+            passes = results.legend.forwards(criterion, facts.get("rounds", 1), len(facts["widths"]), texts[place])
+            row |= {"forwards": passes, "loads_with": loads[place]}
             rows.append(row | _measured(own, _log_kl(results, model, REFERENCE, ratio)))
     long = pd.DataFrame(rows, columns=_COLUMNS)
     families = long.groupby(["model", "ratio"])["p"]
@@ -225,7 +231,7 @@ def _notes(long: pd.DataFrame, results: Results) -> tuple[str, ...]:
         "(entropy, uniform widths, no compensation) is paired on the same windows and calibration seeds; interval and p are over "
         f"both (Behrens and Fisher), and Holm's correction over the {family} recipes of one model and ratio. "
         f"{intervals.FAMILY_ERROR}",
-        "Forward passes are those over the calibration text that scoring by the criterion takes, a backward pass counted as two. "
-        "Not counted: what an allocation measures or reads beside, and a compensation's one over its own windows.",
+        "Forward passes over the calibration text, a backward pass counted as two: scoring, in all rounds, and what the "
+        "allocation measures on some of its windows. Not counted: a compensation's one over its own windows.",
         protocol_note(results),
     )

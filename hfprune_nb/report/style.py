@@ -187,13 +187,23 @@ class Legend:
             return {"color": DENSE_COLOUR, "marker": "none", "linestyle": "solid"}
         return look(self._place(name))
 
-    def forwards(self, name: str) -> float:
-        """Return how many forward passes over the calibration text scoring by a criterion takes, a backward pass counted as two.
+    def forwards(self, name: str, rounds: int = 1, layers: int = 0, windows: int = 1) -> float:
+        """Return how many forward passes over the calibration text a criterion and its allocation take, a backward pass as two.
 
-        Infinite for one that silences every neuron in turn.
+        rounds : how often the text is scored; layers, windows : of the model and of the text, for an allocation that measures.
+        What an allocation reads beside shares the criterion's forward pass. Infinite for a criterion that silences every neuron
+        in turn.
         """
-        passes = self._criterion(name).passes
-        return float("inf") if passes.per_neuron else passes.forward + 2 * passes.backward
+        own, allocation = self._criterion(name).passes, self._allocations.get(name.partition("@")[2])
+        if own.per_neuron:
+            return float("inf")
+        read = [variant.passes for variant in criteria.variants(allocation.member.reads)] if allocation else []
+        scoring = max([own.forward, *(passes.forward for passes in read)])
+        scoring += 2 * (own.backward + sum(passes.backward for passes in read))
+        measured = 0.0
+        if allocation and issubclass(allocation.member, allocations.MeasuredRule):
+            measured = (1 + allocation.member.measurements * layers / 2) * allocation.settings["windows"] / windows
+        return rounds * scoring + measured
 
     def _place(self, name: str) -> int:
         if self._is_of_paper(name):
