@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from hfprune_nb import criteria, models
@@ -139,6 +140,15 @@ def test_loss_is_on_responses_and_their_end_only(tokenizer):
     following = [*row.input_ids[1:], NO_LOSS]
     assert all(label in (NO_LOSS, token) for label, token in zip(row.labels, following, strict=True))
     assert tokenizer.decode(row.input_ids[:-1]) == TASKS[0].prompt + TASKS[0].response
+
+
+def test_an_end_that_the_tokenizer_adds_is_taught_and_taught_once():
+    tokenizer = models.tokenizer(models.TINY)
+    ids = {"<s>": tokenizer.bos_token_id, "</s>": tokenizer.eos_token_id}
+    plain = instructions.pack(tokenizer, TASKS[:1], 512, bos=True)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    (row,) = adding = instructions.pack(tokenizer, TASKS[:1], 512)
+    assert adding == plain and row.labels.count(tokenizer.eos_token_id) == 1
 
 
 def test_examples_stay_whole_and_rows_full(tokenizer):
