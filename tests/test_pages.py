@@ -34,7 +34,8 @@ def results(tmp_path):
         (folder / "tables" / "overview.md").write_text(TABLE.format(title="Overview", rows="| 10 % | Entropy |\n| 20 % | CE |"))
         (folder / "tables" / "overview.csv").write_text("ratio\n0.1\n")
         (folder / "figures" / "forest.png").write_bytes(b"")
-        (folder / "cards.json").write_text("{}")
+        card = {"finished": "2026-11-28T15:04:37+00:00", "git": {"commit": "0123456789"}}
+        write_json(folder / "cards.json", {"figures/1": card, "evaluation/1": card | {"finished": "2026-11-27T01:00:00+00:00"}})
         made = ["figures/forest.png", "tables/overview.csv", "tables/overview.md"]
         write_json(folder / pages.CONTENTS, {"06_figures": made})
     (tmp_path / "results" / "older" / "notebooks" / "06_figures.html").write_text("<p>an older page</p>")
@@ -81,6 +82,7 @@ def test_a_study_begins_with_its_verdict_and_shows_every_table_and_figure(result
     assert "<summary>Pairs &lt;A&gt; (measured) (40 rows)</summary>\n\n| Ratio |" in text and text.count("<details>") == 1
     assert text.count("In points.") == 1 and "Protocol. Long." not in text
     assert "- [02_scoring](notebooks/02_scoring.ipynb): 02 A title" in text
+    assert "Computed 2026-11-27 to 2026-11-28, at 0123456." in text
     over = (results / "README.md").read_text(encoding="utf-8")
     assert "[whole](whole/README.md)\n\nThe whole study.\n\nNothing is decided." in over and "[older](older/README.md)" in over
 

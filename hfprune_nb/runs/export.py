@@ -43,6 +43,7 @@ def write(study, jobs) -> None:
     if is_exported(study, jobs):
         return
     folder = study.folder
+    (folder / "index.html").unlink(missing_ok=True)  # its return says that everything else is there
     for kind in ("tables", "figures"):
         (folder / kind).mkdir(exist_ok=True)
         for outdated in files(folder, kind, ""):
@@ -62,8 +63,8 @@ def write(study, jobs) -> None:
     _write_notebooks(folder / "notebooks", {name: Artifact(folder / job.reference) for name, job in sorted(chosen.items())})
     (folder / "study.yaml").write_text(study.text, encoding="utf-8")
     write_json(folder / pages.CONTENTS, contents)
-    pages.write(folder.parent, [study.name])
     write_json(folder / "cards.json", _cards(study, jobs))
+    pages.write(folder.parent, [study.name])
 
 
 def _cards(study, jobs) -> dict:

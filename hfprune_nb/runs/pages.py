@@ -62,7 +62,7 @@ def study_page(folder: Path) -> str:
         parts += [f"## {_title(folder, notebook)}"]
         parts += [_shown(folder, file, made_by[file], seen) for file in files if file not in first]
     others = sorted({path.stem for path in (folder / "notebooks").iterdir()} - set(contents))
-    parts += ["## How it was made"]
+    parts += ["## How it was made", _made(folder)]
     if others:
         links = "\n".join(f"- {_notebook_link(folder, name)}: {_title(folder, name)}" for name in others)
         parts += ["One executed notebook of each kind that made the models and measured them:", links]
@@ -141,16 +141,16 @@ def _forecast(names: list[str]) -> list[str]:
 def _write_study(folder: Path) -> None:
     """Write README.md, index.html, and a page for each table and notebook."""
     notebooks = {path.stem: _notebook_link(folder, path.stem) for path in sorted((folder / "notebooks").iterdir())}
-    text, made_by = study_page(folder), _made_by(folder)
-    _put(folder / "README.md", text)
+    readme, made_by = study_page(folder), _made_by(folder)
+    _put(folder / "README.md", readme)
     trail = {"Results": "../README.md", folder.name: "README.md"} | {name: f"notebooks/{name}.ipynb" for name in notebooks}
     below = {name: f"../{target}" for name, target in trail.items()}
-    _put(folder / "index.html", _page(f"Study {folder.name}", _from_markdown(text), trail))
     for path in (folder / "tables").glob("*.md"):
         text = _signed(path, made_by.get(f"tables/{path.name}"))
         _put(path.with_suffix(".html"), _page(path.stem, _from_markdown(text), below))
     for path in (folder / "notebooks").glob("*.ipynb"):
         _put(path.with_suffix(".html"), _page(path.stem, _from_notebook(path), below))
+    _put(folder / "index.html", _page(f"Study {folder.name}", _from_markdown(readme), trail))
 
 
 def _made_by(folder: Path) -> dict[str, str]:
@@ -178,7 +178,19 @@ def _description(folder: Path) -> str:
 
 def _verdict(folder: Path) -> str:
     path = folder / "tables" / "verdict.md"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    older = "No verdict: this study is older than verdicts, and its tables rest on the statistics of their time."
+    return older if path.with_name("paired.md").is_file() else ""
+
+
+def _made(folder: Path) -> str:
+    """Return when a study was computed and with which commits of the kit, as its cards say; empty without cards."""
+    path = folder / "cards.json"
+    cards = read_json(path).values() if path.is_file() else []
+    days = sorted({card["finished"][:10] for card in cards})
+    commits = dict.fromkeys(card["git"]["commit"][:7] for card in cards if card["git"]["commit"])
+    return f"Computed {' to '.join(dict.fromkeys([days[0], days[-1]]))}, at {', '.join(commits) or 'no commit'}." if days else ""
 
 
 def _protocol(folder: Path) -> str:
