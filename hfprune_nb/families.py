@@ -190,7 +190,7 @@ class Family:
         Raises UserError for what is no spec, an unknown member or setting, a value out of bounds, and a name that is used twice.
         """
         found = {}
-        for spec in [specs] if isinstance(specs, str | dict | Variant) else specs:
+        for spec in [specs] if isinstance(specs, str | dict | Variant) or not isinstance(specs, Iterable) else specs:
             variant = spec if isinstance(spec, Variant) else self._read(spec)
             if variant.name in found:
                 raise UserError(

@@ -42,7 +42,7 @@ def find(name: str | Path, what: str, suffixes: tuple[str, ...]) -> Path | None:
             raise UserError(f"{what} file {file} is of an unknown format: {wanted}")
         return file
     if any(map(Path.is_dir, places)):
-        raise UserError(f"{what} {name} is a folder: {wanted}")
+        raise UserError(f"{what} {str(name)!r} is a folder: {wanted}")
     if _HUB_ID.fullmatch(str(name)) and suffix(name) not in suffixes:
         return None
     raise UserError(f"{what} file {name} does not exist: {wanted}")

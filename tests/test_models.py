@@ -103,6 +103,8 @@ def models_alphabet():
     [
         ("nobody/nothing", {}, "is not cached and HF_HUB_OFFLINE is set"),
         ("models/none.gguf", {}, "is not cached and HF_HUB_OFFLINE is set"),
+        ("/nowhere.gguf", {}, "model '/nowhere.gguf' does not exist"),
+        ("nowhere.gguf", {}, "model 'nowhere.gguf' does not exist"),
         ("tiny-random-lama", {}, "model 'tiny-random-lama' is unknown: did you mean tiny-random-llama"),
         ("tiny-random-llama", {"dtype": "int3"}, "dtype 'int3' is unknown"),
         ("tiny-random-llama", {"device": "cuda:7"}, "device"),

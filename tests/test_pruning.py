@@ -110,6 +110,9 @@ def test_ratio_arithmetic_reproduces_the_published_table_9_computation():
         ({"ratio": 1.2}, "outside"),
         ({"ratio": -0.1}, "outside"),
         ({"neuron_ratio": 1.0}, "outside"),
+        ({"ratio": "0.2"}, "ratio '0.2' is outside"),
+        ({"ratio": 0.2, "multiple_of": 1.5}, "multiple_of 1.5 is no whole number from 1 to 40"),
+        ({"ratio": 0.2, "allocation": None}, "None is no allocation"),
         ({"ratio": 0.9}, "cannot be reached"),
         ({"ratio": 0.2, "neuron_ratio": 0.2}, "exactly one"),
         ({}, "exactly one"),
@@ -133,6 +136,8 @@ def test_kept_neurons_of_another_model_are_refused(tiny):
         pruning.narrow(tiny("llama", num_hidden_layers=2), kept)
     with pytest.raises(UserError, match="does not exist"):
         pruning.narrow(tiny("llama", intermediate_size=30), kept)
+    with pytest.raises(UserError, match="kept: None is no list"):
+        pruning.narrow(tiny("llama"), None)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +150,7 @@ def test_kept_neurons_of_another_model_are_refused(tiny):
         ([0.5, 1.0], "whole numbers"),
         ([True, False], "whole numbers"),
         ([[0, 1]], "whole numbers"),
+        ("ab", "whole numbers"),
     ],
 )
 def test_indices_that_would_make_a_wrong_model_are_refused(row, words, tiny, token_windows):
@@ -159,6 +165,12 @@ def test_indices_that_would_make_a_wrong_model_are_refused(row, words, tiny, tok
             use()
         assert "\n" not in str(caught.value)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan")])
+def test_a_ridge_that_penalises_nothing_is_refused(ridge, tiny, token_windows):
+    with pytest.raises(UserError, match="must be greater than 0"):
+        compensation.least_squares(tiny(), token_windows, [[0, 1]] * 3, ridge=ridge, progress=False)
 
 
 def test_kept_neurons_within_rounding_of_those_that_go_are_counted():

@@ -215,6 +215,10 @@ def test_an_unknown_aggregation_is_refused(tiny, token_windows):
         (None, [], "criteria is empty"),
         (np.empty((0, 8)), ["entropy"], "calibration"),
         (calibration.Windows(np.zeros((2, 8), dtype=np.int64)), ["entropy"], r"windows must be .* give \.ids"),
+        (np.full((2, 8), 3.5), ["entropy"], "windows: float64 values are no token ids"),
+        (np.ones((2, 8), bool), ["entropy"], "windows: bool values are no token ids"),
+        ([[1, 2, 3], [4, 5]], ["entropy"], "windows differ in length"),
+        (None, None, "None is no criterion"),
         (None, ["entropie"], "did you mean"),
     ],
 )

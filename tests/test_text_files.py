@@ -103,7 +103,7 @@ def test_files_are_told_from_hub_ids(tmp_path, monkeypatch):
         assert text_files.find(name, "corpus", suffixes) is None
     for name, message in {
         "table.csv": "corpus file table.csv is of an unknown format: give a path to a .txt, .jsonl",
-        "kit": "corpus kit is a folder",
+        "kit": "corpus 'kit' is a folder",
         "none.json.gz": "corpus file none.json.gz does not exist",
         "./owner/name": "does not exist",
         "/data/c4/shard": "does not exist",

@@ -7,6 +7,7 @@ or `{global: {floor: 0.1}, as: global_10}`.
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from numbers import Integral, Real
 
 from hfprune_nb.allocations.base import Allocation, AllocationRule, Budget, MeasuredRule, SpreadRule, Units, lowest
 from hfprune_nb.errors import UserError
@@ -104,15 +105,15 @@ def allocate(
     if bool(ratio) == bool(neuron_ratio):
         raise UserError("ratio, neuron_ratio: give exactly one of the two, and leave the other at 0.")
     name, value = ("neuron_ratio", neuron_ratio) if neuron_ratio else ("ratio", ratio)
-    if not 0 < value < 1:
-        raise UserError(f"{name} {value} is outside (0, 1): it is the fraction to remove, for example 0.2.")
+    if not isinstance(value, Real) or not 0 < value < 1:
+        raise UserError(f"{name} {value!r} is outside (0, 1): it is the fraction to remove, for example 0.2.")
     sizes = {unit.parameters for unit in units}
     if len(sizes) > 1:
         raise UserError(f"model: a neuron has {min(sizes)} parameters in one layer and {max(sizes)} in another: not supported.")
     before, requested = [unit.width for unit in units], Fraction(str(value))
     narrowest = min(width for width in before if width)
-    if not 1 <= multiple_of <= narrowest:
-        raise UserError(f"multiple_of {multiple_of} is outside 1 to {narrowest}, the model's smallest MLP width.")
+    if not isinstance(multiple_of, Integral) or not 1 <= multiple_of <= narrowest:
+        raise UserError(f"multiple_of {multiple_of} is no whole number from 1 to {narrowest}, the model's smallest MLP width.")
     if variant.member.needs_importance and importance is None:
         raise UserError(f"allocation '{variant.name}' needs importance: score the model first.")
     if levels < 0:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,8 @@ def windows(
     """
     corpus = str(corpus)
     for name, value, least in (("n_windows", n_windows, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
+        if not isinstance(value, Real) or value % 1:
+            raise UserError(f"{name}={value!r} is no whole number")
         if value < least:
             raise UserError(f"{name}={value} is too small: it must be at least {least}")
     prefix = tokenization.prefix(tokenizer, bos)

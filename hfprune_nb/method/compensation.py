@@ -56,7 +56,7 @@ def least_squares(
     output on this text relative to its dense output, `sqrt(sum ||W h - W' h_k - b'||^2 / sum ||W h||^2)`, by plain `slicing`
     and `repaired`. Raises UserError for a ridge that is not positive, text that is missing, or biases that could not be saved.
     """
-    if ridge <= 0:
+    if not ridge > 0:
         raise UserError(f"ridge {ridge} must be greater than 0: with fewer tokens than neurons the equations are singular.")
     windows = np.asarray(windows)
     if windows.ndim != 2 or windows.size == 0:

@@ -25,8 +25,10 @@ def check_context(config, seq_len: int) -> None:
 
 
 def check_tokens(config, token_ids) -> None:
-    """Raise UserError for token ids that the model's embedding does not have."""
+    """Raise UserError for numbers that are no token ids, and for token ids that the model's embedding does not have."""
     token_ids, rows = np.asarray(token_ids), config.get_text_config().vocab_size
+    if token_ids.size and token_ids.dtype.kind not in "iu":
+        raise UserError(f"windows: {token_ids.dtype} values are no token ids: give whole numbers")
     if token_ids.size and int(token_ids.min()) < 0:
         raise UserError(f"windows: token id {int(token_ids.min())} is no token: leave out what is padding, or mask it")
     if token_ids.size and int(token_ids.max()) >= rows:

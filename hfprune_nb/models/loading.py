@@ -230,6 +230,8 @@ def _source(name: str | Path) -> str:
     local = Path(name).expanduser()
     if name.endswith(".gguf"):
         parent, _, file = name.rpartition("/")
+        if not local.is_file() and (not parent or local.parent.is_dir()):
+            raise UserError(f"model '{name}' does not exist: give the path of a GGUF file, or OWNER/NAME/FILE.gguf of the hub.")
         with _one_sentence(name):
             found = local if local.is_file() else hub.file(parent or ".", file)
             state = f"{found.resolve()}:{found.stat().st_size}:{found.stat().st_mtime_ns}"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sized
 from typing import ClassVar
 
 import torch
@@ -246,6 +247,8 @@ def kept_indices(units: list[GatedMLP] | list[AttentionGroups], kept) -> list[to
     kept : for each layer ascending indices, as a tensor, an array or a list. Raises UserError for another number of layers, and
     for indices that repeat, are out of order, or are no unit of their layer.
     """
+    if not isinstance(kept, Sized):
+        raise UserError(f"kept: {kept!r} is no list: give for each layer the indices that stay.")
     if len(kept) != len(units):
         raise UserError(
             f"kept: indices for {len(kept)} layers do not fit the {len(units)} layers: prune the model that was scored."
@@ -253,7 +256,10 @@ def kept_indices(units: list[GatedMLP] | list[AttentionGroups], kept) -> list[to
     found = []
     for unit, row in zip(units, kept, strict=True):
         layer, noun = unit.layer, unit.noun
-        indices = torch.as_tensor(row if len(row) else [], dtype=None if len(row) else torch.int64)
+        try:
+            indices = torch.as_tensor(row if len(row) else [], dtype=None if len(row) else torch.int64)
+        except TypeError:
+            indices = torch.empty(0, 0)
         if indices.ndim != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
             raise UserError(f"kept: layer {layer} has no list of whole numbers: give the indices of the {noun}s that stay.")
         indices = indices.to(unit.output.weight.device, torch.int64)

@@ -106,7 +106,11 @@ def score(
     Raises UserError for an unknown criterion or setting, an unsupported architecture, missing text, a window that does not fit in
     memory, scores that are NaN or all equal, and, with `attention_groups`, where no criterion scores any.
     """
-    chosen, windows = {variant.name: variant.create() for variant in registry.variants(criteria)}, np.asarray(windows)
+    chosen = {variant.name: variant.create() for variant in registry.variants(criteria)}
+    try:
+        windows = np.asarray(windows)
+    except ValueError:
+        raise UserError("windows differ in length: give equally many token ids in each.") from None
     _check(chosen, batch_size, chunk_size, checkpoint_every)
     check_neurons(model)
     mlps, groups = gated_mlps(model), _groups(model, registry.variants(criteria)) if attention_groups else []
