@@ -36,17 +36,33 @@ class _Logged(tqdm.tqdm):
         return super().display(*arguments, **options)
 
 
-def bar(total, unit, description, enabled=True, rate=True):
-    """Return a tqdm bar over `total` units with rate and time left; `HFPRUNE_PROGRESS=log` makes it plain text and slow.
-
-    rate : whether units take alike, so that a rate says something; without it the caller says in a postfix what is left.
-    """
+def bar(total, unit, description, enabled=True):
+    """Return a tqdm bar over `total` units with rate and time left; `HFPRUNE_PROGRESS=log` makes it plain text and slow."""
     options = {"total": total, "unit": unit, "desc": description, "disable": not enabled, "unit_scale": total >= 10_000}
-    if not rate:
-        options["bar_format"] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-    if os.environ.get("HFPRUNE_PROGRESS") == "log":
+    if plain():
         return _Logged(mininterval=10, ascii=True, ncols=100, **options)
     return tqdm.auto.tqdm(**options)
+
+
+def plain() -> bool:
+    """Return whether whoever started this process asked for plain text, with `HFPRUNE_PROGRESS=log`."""
+    return os.environ.get("HFPRUNE_PROGRESS") == "log"
+
+
+def share_bar(description: str, row: int = 0):
+    """Return a bar that `draw` sets to a share, in this row of several; those below the first go when they are closed."""
+    form = "{l_bar}{bar:20}| [{elapsed}{postfix}]" if row == 0 else "  {l_bar}{bar:20}|{postfix}"
+    return tqdm.auto.tqdm(
+        total=1.0, desc=description, position=row, leave=row == 0, bar_format=form, dynamic_ncols=True, mininterval=0
+    )
+
+
+def draw(bar, description: str, share: float, words: str) -> None:
+    """Set a bar of `share_bar` to a share from 0 to 1, with these words behind it."""
+    bar.n = min(share, 1.0)
+    bar.set_description_str(description, refresh=False)
+    bar.set_postfix_str(words, refresh=False)
+    bar.refresh()
 
 
 @contextlib.contextmanager
@@ -76,17 +92,29 @@ def followed(path: Path, seconds: float = 1.0):
         thread.join()
 
 
+def read(path: Path) -> dict | None:
+    """Return what a run tells in its file (what, n, total, unit, rate, time), None without one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def seconds_left(state: dict | None) -> float | None:
+    """Return how many seconds are left of what a run tells (see `read`), None where it does not say."""
+    if not (state and state["rate"] and state["total"]):
+        return None
+    return max(0.0, (state["total"] - state["n"]) / state["rate"] - (time.time() - state["time"]))
+
+
 def told(path: Path) -> str:
     """Return how far a run is according to its file, such as `scoring 41 %, 812 tok/s, 3 min left`; empty without one."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if (state := read(path)) is None:
         return ""
     done, total, rate = state["n"], state["total"], state["rate"]
     parts = [f"{state['what']} {done / total:.0%}" if total else f"{state['what']} {done}"]
     if rate:
         parts.append(f"{rate:.3g} {state['unit']}/s")
-    if rate and total:
-        left = max(0.0, (total - done) / rate - (time.time() - state["time"]))
+    if (left := seconds_left(state)) is not None:
         parts.append(f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")
     return ", ".join(parts)

@@ -519,7 +519,8 @@ def test_the_bar_of_a_resumed_study_says_what_is_left_and_no_rate(project, capsy
     shutil.rmtree(artifact(loaded, "scoring").folder)
     scheduler.run(loaded)
     said = capsys.readouterr().err
-    assert "job/s" not in said and "12/12" in said and re.search(r"about \d+ min left; scoring tiny, seed 0", said)
+    assert "job/s" not in said and re.search(r"toy: 100%\|[^\r]*12/12 jobs", said) and re.search(r"about \d+ s left", said)
+    assert "scoring tiny, seed 0:" in said
 
 
 def test_status_tells_progress_and_owner_of_a_running_job(project):

@@ -3,17 +3,12 @@
 Needs torch, transformers and numpy only, and knows nothing of pruning: it times what it is given.
 """
 
-import contextlib
 import functools
 import logging
 import math
-import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +16,7 @@ import torch
 from hfprune_nb.cost.flops import backward_flops, forward_flops
 from hfprune_nb.cost.memory import peak_in_fork, peak_memory, resets_high_water
 from hfprune_nb.errors import UserError
+from hfprune_nb.machine import processor
 from hfprune_nb.progress import bar
 
 logger = logging.getLogger(__name__)
@@ -35,7 +31,7 @@ def machine(device: str = "cpu") -> dict:
     if device.startswith("cuda"):
         name, memory = torch.cuda.get_device_name(device), "peak of torch's CUDA allocator"
     else:
-        name = _processor()
+        name = processor()
         resets = resets_high_water()
         memory = "high-water mark of resident memory, reset before each run" if resets else "resident memory of a forked process"
     return {
@@ -280,11 +276,3 @@ def _met(value, bound, limit):
 
 def _order_coverage(count, k):
     return 1 - 2 * sum(math.comb(count, index) for index in range(k + 1)) / 2**count if count > 1 else 0.0
-
-
-def _processor():
-    with contextlib.suppress(OSError):
-        names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-        if names:
-            return f"{names[0]}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

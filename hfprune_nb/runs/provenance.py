@@ -13,6 +13,7 @@ from pathlib import Path
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.inputs import hub
+from hfprune_nb.machine import processor
 from hfprune_nb.runs.keys import content, local_path
 
 
@@ -51,6 +52,7 @@ def surroundings() -> dict:
         "versions": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
         "git": _git(),

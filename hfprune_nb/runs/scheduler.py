@@ -17,11 +17,13 @@ from pathlib import Path
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
-from hfprune_nb.progress import bar as progress_bar
+from hfprune_nb.machine import processor
 from hfprune_nb.runs import export, forecast, kernel, stage
 from hfprune_nb.runs.artifacts import Artifact
+from hfprune_nb.runs.display import Display
 from hfprune_nb.runs.grid import Job, find_job, plan, without
 from hfprune_nb.runs.locks import POLL_SECONDS, Lock
+from hfprune_nb.runs.outlook import Outlook
 from hfprune_nb.runs.stages import STAGES
 from hfprune_nb.runs.status import Outcome, Summary, is_finished, status
 from hfprune_nb.runs.study import Study
@@ -29,7 +31,7 @@ from hfprune_nb.runs.worker import arguments, become_worker, work
 
 log = logging.getLogger(__name__)
 
-SHOW_SECONDS = 10.0
+SHOW_SECONDS = 5.0
 
 
 def run(study: Study, workers: int | None = None, progress: bool = True, gpus: int = 0) -> Summary:
@@ -48,8 +50,9 @@ def run(study: Study, workers: int | None = None, progress: bool = True, gpus: i
 def _work_through(study: Study, jobs: list[Job], workers: int | None, progress: bool, gpus: int = 0) -> Summary:
     began = time.monotonic()
     journal = _Journal(study)
-    with progress_bar(len(jobs), "job", study.name, enabled=progress, rate=False) as bar:
-        outcomes = _Scheduler(study, workers or gpus or study.run["workers"], bar, journal, gpus).work_through(jobs)
+    workers = workers or gpus or study.run["workers"]
+    with Display(study.name, len(jobs), workers, progress) as display:
+        outcomes = _Scheduler(study, workers, display, journal, gpus).work_through(jobs)
     summary = Summary(study, outcomes, time.monotonic() - began)
     _sweep(study, outcomes)
     if summary.count("done") < len(outcomes):
@@ -147,20 +150,19 @@ class _Scheduler:
     A job that another runner holds stays in the queue: the others go on, and its result is picked up when it appears.
     """
 
-    def __init__(self, study: Study, workers: int, bar, journal: "_Journal", gpus: int):
-        self.study, self.workers, self.bar, self.journal, self.gpus = study, workers, bar, journal, gpus
+    def __init__(self, study: Study, workers: int, display: Display, journal: "_Journal", gpus: int):
+        self.study, self.workers, self.display, self.journal, self.gpus = study, workers, display, journal, gpus
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict = {}
-        self.began: dict[str, float] = {}
         self.locks: dict[str, Lock] = {}
         self.broken: set[str] = set()
         self.pool: Executor | None = None
+        self.processor = processor()
 
     def work_through(self, jobs: list[Job]) -> list[Outcome]:
         known = {job.reference for job in jobs}
-        if not self.bar.disable:
-            self.depends_on = {job.reference: job.depends_on for job in jobs}
-            self.seconds = {name: need.seconds for name, need in forecast.needs(self.study, jobs).items()}
+        seconds = {name: need.seconds for name, need in forecast.needs(self.study, jobs).items()}
+        self.outlook = Outlook(seconds, {job.reference: job.depends_on for job in jobs}, self.workers)
         waiting = [replace(job, depends_on=tuple(name for name in job.depends_on if name in known)) for job in jobs]
         try:
             while waiting or self.running:
@@ -201,10 +203,12 @@ class _Scheduler:
         self.pool = self.pool or ProcessPoolExecutor(
             self.workers, multiprocessing.get_context("spawn"), become_worker, (self.study.run["warm"],)
         )
+        # What a run that was killed told last would be taken for this one's.
+        stage.progress_file(Artifact(self.study.folder / wanted.reference)).unlink(missing_ok=True)
         self.journal.tell(event="start", job=wanted.reference, point=wanted.label)
         future = self.pool.submit(work, *arguments(self.study, wanted), self.gpus)
         self.running[future] = (job, wanted)
-        self.began[job.reference] = time.monotonic()
+        self.outlook.start(job.reference)
         self._show()
 
     def _collect(self, elsewhere: bool) -> list[Job]:
@@ -226,6 +230,7 @@ class _Scheduler:
                     self.broken.add(job.reference)
                     state = "taken"
             if state == "taken":
+                self.outlook.again(job.reference)
                 again.append(job)
             else:
                 self._settle(job, Outcome(wanted, state, seconds, error))
@@ -236,22 +241,23 @@ class _Scheduler:
         if outcome.state != "done":
             log.info(outcome.line())
             self.journal.settle(outcome)
-        self.bar.update()
+        self.outlook.end(job.reference, self._took(outcome))
         self._show()
 
-    def _show(self) -> None:
-        if self.running and not self.bar.disable:
-            now = [f"{wanted.stage} {wanted.label}" for _, wanted in self.running.values()]
-            self.bar.set_postfix_str("; ".join([f"about {forecast.in_words(self._hours_left())} left", *now]))
+    def _took(self, outcome: Outcome) -> float:
+        """Return what a job took on a machine like this one, by its card if an earlier run computed it; 0 if nobody knows."""
+        if outcome.state != "done":
+            return outcome.seconds if outcome.state == "computed" else 0.0
+        card = Artifact(self.study.folder / outcome.job.reference).card
+        return card["seconds"] if card.get("processor") == self.processor else 0.0
 
-    def _hours_left(self) -> float:
-        """Return the hours that the other jobs take by the forecast, at the pace of those that this run has computed."""
-        computed = {name: outcome.seconds for name, outcome in self.outcomes.items() if outcome.state == "computed"}
-        pace = sum(computed.values()) / sum(map(self.seconds.get, computed)) if computed else 1.0
-        left = {name: pace * seconds for name, seconds in self.seconds.items() if name not in self.outcomes}
-        for job, _ in self.running.values():
-            left[job.reference] = max(0.0, left[job.reference] - (time.monotonic() - self.began[job.reference]))
-        return forecast.makespan(left, self.depends_on, self.workers) / 3600
+    def _show(self) -> None:
+        failed = sum(outcome.state == "failed" for outcome in self.outcomes.values())
+        running = {
+            job.reference: (f"{wanted.stage} {wanted.label}", stage.progress_file(Artifact(self.study.folder / wanted.reference)))
+            for job, wanted in self.running.values()
+        }
+        self.display.show(self.outlook, len(self.outcomes), failed, running)
 
     def _stop(self) -> None:
         """Kill the kernels until every worker has come back, and leave no trace of the jobs that were under way."""
