@@ -144,3 +144,12 @@ def test_the_measured_offline_study_took_as_long_as_predicted(fitted):
 @pytest.mark.parametrize(("hours", "words"), [(0.5, "30 min"), (3.2, "3 h"), (72, "3.0 days")])
 def test_durations_in_words(hours, words):
     assert forecast.in_words(hours) == words
+
+
+@pytest.mark.parametrize(("here", "says"), [("A, avx2, 2 cores", False), ("B, amx_bf16, 64 cores", True)])
+def test_a_plan_says_when_its_rates_are_another_machines(here, says, monkeypatch):
+    monkeypatch.setattr(forecast, "processor", lambda: here)
+    monkeypatch.setattr(forecast, "rates", lambda: {"devices": {"cpu": {"processor": "A, avx2, 2 cores"}, "gpu": {}}})
+    sentence = forecast.elsewhere("cpu")
+    assert (here in sentence and "A, avx2, 2 cores" in sentence) if says else sentence == ""
+    assert forecast.elsewhere("gpu") == ""

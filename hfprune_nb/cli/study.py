@@ -162,6 +162,8 @@ def _plan(options) -> int:
     kinds = sorted({forecast.device(job.parameters) for job in loaded.jobs if "device" in job.parameters})
     for kind in kinds:
         say(f"rates of the {kind}: {forecast.rates()['devices'][kind]['protocol']}")
+        if warning := forecast.elsewhere(kind):
+            say(warning)
     return 0
 
 

@@ -20,6 +20,7 @@ from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import read_json
 from hfprune_nb.inputs import hub
+from hfprune_nb.machine import processor
 from hfprune_nb.runs import keys
 from hfprune_nb.runs.grid import Job
 from hfprune_nb.runs.stages import STAGES
@@ -164,6 +165,8 @@ def refit(cards_files: list[Path]) -> dict:
     fitted = fit(studies, known)
     names = ", ".join(path.parent.name for path in cards_files)
     machines = sorted({f"{card['cpu_count']} cores" for cards, _ in studies for card in cards.values()})
+    processors = sorted({card.get("processor", "unknown") for cards, _ in studies for card in cards.values()})
+    fitted["processor"] = " and ".join(processors)
     fitted["protocol"] = (
         f"Measured: median seconds per unit of work over the cards of {names}, notebooks and threads at a time as "
         f"their study files say, on {', '.join(machines)}; stages that these studies lack keep rates that were not measured."
@@ -202,6 +205,17 @@ def graph(study: Study) -> dict:
         for job in study.jobs
     ]
     return {"study": study.name, "folder": str(study.folder), "assets": study.assets, **study.run, "jobs": jobs}
+
+
+def elsewhere(kind: str) -> str:
+    """Return, in one sentence, that the rates of a kind of device are another machine's; empty where they are this one's."""
+    measured = rates()["devices"][kind].get("processor", "unknown")
+    if kind == "cpu" and measured != (here := processor()):
+        return (
+            f"these rates are another machine's (processor: {measured}; here: {here}), so times may be several times longer or "
+            "shorter: a run corrects them by what it has finished, `hfprune study rates` for good."
+        )
+    return ""
 
 
 def gpus_wanted(parameters: dict) -> int:
