@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 
+from hfprune_nb import allocations
 from hfprune_nb.cli.main import main
 from hfprune_nb.files import read_json, write_json
 from hfprune_nb.runs import pages
@@ -121,7 +122,12 @@ def test_generated_parts_are_made_anew_and_the_rest_stays(tmp_path):
     table = "| Ratio | Criterion |\n|:--|:--|\n| 20 % | CE |\n| 20 % | Entropy |\n"
     assert filled.startswith(f"mine\n<!-- generated: a.md rows 20 % -->\n{table}<!-- end -->\nmine\n")
     assert "<!-- generated: verdict.md -->\nUndecided.\n<!-- end -->\n<!-- generated: missing.md -->\n<!-- end -->" in filled
-    assert "| `uniform` | The same for every layer" in filled and "HFPrune Algorithm 1 |" in filled
+    assert (
+        "| [`uniform`](hfprune_nb/allocations/uniform.py) | The same for every layer" in filled
+        and "HFPrune Algorithm 1 |" in filled
+    )
+    assert "OWL ([arXiv 2310.05175](https://arxiv.org/abs/2310.05175))" in filled
+    assert all(f"[`{name}`]" in filled for name in allocations.names())
     assert pages.fill(filled, tmp_path) == filled
 
 
@@ -166,6 +172,14 @@ def test_from_every_number_to_its_notebook_in_two_clicks(study, ending):
         assert clicks(folder.parent / first, goal, ending) == 2
         tables = [(folder / file).with_suffix(ending) for file in made if file.endswith(".md") and "verdict" not in file]
         assert tables and all(clicks(table, goal, ending) == 1 for table in tables)
+
+
+@pytest.mark.parametrize("page, study", [("README.md", "offline"), ("docs/cost.md", "offline-cost")])
+def test_from_the_first_pages_numbers_to_their_notebooks_in_two_clicks(page, study):
+    folder = PROJECT / "results" / study
+    for notebook in read_json(folder / pages.CONTENTS):
+        (goal,) = {path for path in folder.glob(f"notebooks/{notebook}.*") if path in targets(folder / "README.md")}
+        assert clicks(PROJECT / page, goal, ".md") == 2
 
 
 def test_committed_notebooks_are_small_and_tell_no_folder_and_no_progress():

@@ -110,7 +110,8 @@ def _family(name: str) -> list[str]:
         member = variant.member
         line = " ".join(sys.modules[member.__module__].__doc__.strip().split("\n\n")[0].split())
         kind = [member.kind] if name == "criteria" else []
-        cells = [f"`{variant.name}`", *kind, line, member.source]
+        source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\g<0>](https://arxiv.org/abs/\1)", member.source)
+        cells = [f"[`{variant.name}`]({member.__module__.replace('.', '/')}.py)", *kind, line, source]
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     head = [member.noun, *(["kind"] if name == "criteria" else []), "what it is", "source"]
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
