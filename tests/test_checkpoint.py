@@ -124,12 +124,16 @@ def test_code_in_the_folder_is_neither_run_nor_recommended(folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("text", "words"), [(None, "has no config.json"), ("{", "is no JSON")])
+@pytest.mark.parametrize(("text", "words"), [(None, "has no config.json"), ("{", "is no JSON"), ("[]", "holds list in")])
 def test_a_folder_whose_configuration_cannot_be_read(text, words, folder):
     (folder / "config.json").unlink()
     if text:
         (folder / "config.json").write_text(text)
     refusal(folder, words)
+
+
+def test_a_file_of_a_folder_is_no_model(folder):
+    refusal(folder / "model.safetensors", "is a file: give the folder in which it lies")
 
 
 # Adapters

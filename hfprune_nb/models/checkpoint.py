@@ -26,6 +26,8 @@ def check_configuration(name: str, folder: Path, trust_remote_code: bool = False
         raise UserError(f"model '{name}' has no config.json in {folder}: give the whole folder of a model.") from error
     except ValueError as error:
         raise UserError(f"model '{name}': {file} is no JSON ({error}): restore the file.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"model '{name}': {file} holds {type(found).__name__} in place of an object: restore the file.")
     for part in (found, *(value for value in found.values() if isinstance(value, dict))):
         if quantised := part.get("quantization_config") or part.get("compression_config"):
             method = quantised.get("quant_method") or quantised.get("quant_algo") or "an unnamed method"

@@ -239,6 +239,8 @@ def _source(name: str | Path) -> str:
             return str(_cached(key, lambda folder: _convert_gguf(name, found, folder, False)))
     if local.is_dir():
         return str(local)
+    if local.is_file():
+        raise UserError(f"model '{name}' is a file: give the folder in which it lies, or a GGUF file.")
     if "/" not in name and (near := difflib.get_close_matches(name, aliases(), n=1)):
         raise UserError(f"model '{name}' is unknown: did you mean {near[0]}? A hub model has the form OWNER/NAME.")
     return str(hub.model(name))
