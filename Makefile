@@ -5,7 +5,7 @@ STUDY ?= offline
 BIN := .venv/bin
 SHAPES ?= llama-3.2-1b llama-2-7b qwen2.5-7b
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-ELSEWHERE := not long and not serving and not snakemake and not slurm and not cuda
+ELSEWHERE := not long and not serving and not snakemake and not slurm and not cuda and not browser
 ANY_PYTHON = PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON))
 
 .PHONY: setup study test test-slow gpu lab lint format
