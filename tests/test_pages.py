@@ -96,7 +96,7 @@ def test_pages_made_twice_are_the_same(results):
     assert (
         (results / "whole" / "tables" / "overview.md")
         .read_text()
-        .endswith("Made by [06_figures](../notebooks/06_figures.ipynb).\n")
+        .endswith("Made by [06_figures](../notebooks/06_figures.ipynb) of [whole](../README.md).\n")
     )
 
 

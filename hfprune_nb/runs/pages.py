@@ -71,7 +71,8 @@ def study_page(folder: Path) -> str:
         "cards.json": "machine, versions, commit and time of every run",
         "run.log": "the log",
     }
-    parts += ["\n".join(f"- [{name}]({name}): {what}" for name, what in files.items() if (folder / name).is_file())]
+    links = [f"- [{name}]({name}): {what}" for name, what in files.items() if (folder / name).is_file()]
+    parts += ["\n".join([*links, "- [all studies](../README.md)"])]
     return _joined(parts)
 
 
@@ -161,10 +162,11 @@ def _made_by(folder: Path) -> dict[str, str]:
 
 
 def _signed(path: Path, notebook: str | None) -> str:
-    """Return the text of a table's file, whose last line from now on leads to the notebook that made it."""
+    """Return the text of a table's file, whose last line from now on leads to the notebook that made it and to its study."""
     text = path.read_text(encoding="utf-8")
-    if notebook and path.stem != "verdict" and f"\n{_MADE_BY}" not in text:
-        text += f"\n{_MADE_BY}{notebook.replace('](', '](../')}.\n"
+    if notebook and path.stem != "verdict":
+        unsigned, study = text.partition(f"\n{_MADE_BY}")[0], path.parent.parent.name
+        text = f"{unsigned}\n{_MADE_BY}{notebook.replace('](', '](../')} of [{study}](../README.md).\n"
         _put(path, text)
     return text
 
