@@ -31,7 +31,7 @@ test-slow: setup
 gpu:
 	$(ANY_PYTHON) -m pytest -m cuda
 	for shape in $(SHAPES); do \
-	  $(ANY_PYTHON) -m hfprune_nb.cli cost --shape $$shape --device cuda --windows 16 --seq-len 1024 --new-tokens 256 \
+	  $(ANY_PYTHON) -m hfprune_nb cost --shape $$shape --device cuda --windows 16 --seq-len 1024 --new-tokens 256 \
 	    --multiples 64 --float64-windows 0 --out cuda_cost_$$shape.json || exit; \
 	done
 

@@ -157,7 +157,7 @@ def kit(tmp_path_factory):
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(*arguments):
-        command = [sys.executable, "-m", "hfprune_nb.cli", *arguments] if arguments[0] != "-c" else [sys.executable, *arguments]
+        command = [sys.executable, "-m", "hfprune_nb", *arguments] if arguments[0] != "-c" else [sys.executable, *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
 
     run.root, run.folder = root, root / "results" / "extended"

@@ -53,7 +53,7 @@ def project(tmp_path):
 def hfprune(project, *arguments):
     environment = os.environ | {"PYTHONPATH": str(project.parent / "package"), "HFPRUNE_HOME": str(project)}
     environment.pop("HFPRUNE_RESULTS", None)
-    command = [sys.executable, "-m", "hfprune_nb.cli", "study", *arguments]
+    command = [sys.executable, "-m", "hfprune_nb", "study", *arguments]
     answer = subprocess.run(command, env=environment, cwd=project, capture_output=True, text=True)
     return answer.returncode, answer.stdout + answer.stderr
 

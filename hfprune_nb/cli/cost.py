@@ -15,7 +15,7 @@ examples:
   hfprune cost --shape llama-3.2-1b --device cuda --windows 16 --seq-len 1024 --new-tokens 256
   hfprune cost --shape llama-2-7b --device cuda --windows 16 --seq-len 1024 --batch-sizes 1 8 64 --out cost.json
   hfprune cost --model my_checkpoint --no-ablation --no-generation
-  PYTHONPATH=. python -m hfprune_nb.cli cost --shape tiny      from a checkout, nothing installed
+  PYTHONPATH=. python -m hfprune_nb cost --shape tiny      from a checkout, nothing installed
 """
 
 

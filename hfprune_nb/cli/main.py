@@ -1,4 +1,4 @@
-"""The command `hfprune`: fetch assets; prune a model; plan, run, watch, verify and clean studies."""
+"""The command `hfprune`: fetch assets; prune a model; plan, run, watch, verify and clean studies; check the machine."""
 
 import argparse
 import errno
@@ -8,6 +8,7 @@ import sys
 
 from hfprune_nb import __version__
 from hfprune_nb.cli.cost import add_cost
+from hfprune_nb.cli.doctor import add_doctor
 from hfprune_nb.cli.parsing import command, say
 from hfprune_nb.cli.prune import add_prune
 from hfprune_nb.cli.study import add_study
@@ -21,6 +22,7 @@ _EXAMPLES = """examples:
   hfprune study plan offline             what the study consists of and what is done already
   hfprune study run offline              compute what is missing, export tables and figures
   hfprune study status offline           one line per job
+  hfprune doctor                         what this machine has, and what can run on it
 """
 
 
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_prune(groups)
     add_cost(groups)
     add_study(groups)
+    add_doctor(groups)
     return parser
 
 

@@ -224,13 +224,13 @@ def _sentence(error: Exception, kind: str, name: str, revision: str) -> str:
         return any(isinstance(cause, kinds) for cause in chain)
 
     if caused_by(raised.GatedRepoError):
-        if _token() is None:
+        if not has_token():
             return f"{shown} is gated and no token was given: accept its licence on {page}, then `hf auth login` or set HF_TOKEN."
         return f"{shown} is gated and your token has no access: accept its licence on {page} with the account of the token."
-    if status == 401 and _token() is not None:
+    if status == 401 and has_token():
         return f"{shown}: the hub refuses your token, which is wrong or expired: `hf auth login` again, or unset HF_TOKEN."
     if caused_by(raised.RepositoryNotFoundError):
-        login = "" if _token() else " If it is private, `hf auth login` first."
+        login = "" if has_token() else " If it is private, `hf auth login` first."
         return f"{shown} is not on the hub: {_near(kind, name)}.{login}"
     if caused_by(raised.RevisionNotFoundError):
         return f"{shown} has no revision '{revision}': give a branch, tag or commit of {page}."
@@ -282,10 +282,11 @@ def _near(kind: str, name: str) -> str:
     return "check the spelling of OWNER/NAME"
 
 
-def _token() -> str | None:
+def has_token() -> bool:
+    """Return whether the user gave the hub's client a token."""
     from huggingface_hub import get_token
 
-    return get_token()
+    return get_token() is not None
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:

@@ -35,7 +35,7 @@ def kit(hub, studies, environment):
         hub.repository("model", name)
 
     def run(action, name, token=contents.MEMBER, status=0, **settings):
-        command = [sys.executable, "-m", "hfprune_nb.cli", "study", action, str(studies / f"small-{name}.yaml")]
+        command = [sys.executable, "-m", "hfprune_nb", "study", action, str(studies / f"small-{name}.yaml")]
         extra = settings | ({"HF_TOKEN": token} if token else {})
         done = subprocess.run(command, env=environment | extra, capture_output=True, text=True, timeout=900)
         assert done.returncode == status, done.stderr[-3000:] + done.stdout[-1000:]
