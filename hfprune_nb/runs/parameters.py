@@ -108,6 +108,7 @@ def complete(stage: str, parameters: dict, exploring: bool = False) -> dict:
             values[name] = sorted(values[name])
     STAGES[stage].check_choices(values)
     STAGES[stage].check(values)
+    STAGES[stage].check_numbers(values)
     return values
 
 

@@ -1,6 +1,7 @@
 """What a stage says about itself: notebook, inputs, its part of a study's grid, what of it is shown, and how much work it is."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,18 @@ CHOICES = {
     "dtype": ("bfloat16", "float16", "float32", "float64"),
     "attention": ("sdpa", "eager", "flash_attention_2"),
     "device": ("auto", "cpu", "cuda", "cuda:N", "balanced"),
+}
+
+# Numbers that are at least 1 in every stage that has them; all others are at least 0.
+POSITIVE = {
+    "checkpoint_every",
+    "chunk_size",
+    "fidelity_positions",
+    "micro_batch",
+    "multiple_of",
+    "n_windows",
+    "processes",
+    "repetitions",
 }
 
 
@@ -78,6 +91,13 @@ class Stage:
                 value = re.sub(r"^cuda:\d+$", "cuda:N", value)
             if value not in allowed:
                 raise UserError(f"{name} {value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
+
+    def check_numbers(self, values: dict) -> None:
+        """Raise UserError for a number that is too small to mean anything, or none at all."""
+        for name, value in values.items():
+            least = int(name in POSITIVE)
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                raise UserError(f"{name} {value} is too small or no number: it must be at least {least}")
 
     def common(self, study) -> dict:
         """Return the parameters that are the same in all of a study's jobs of this stage, as the study's axes give them."""
