@@ -107,7 +107,7 @@ def importance(seed, layers=12, width=96):
         for name, spread in noise.items()
     }
     scores["self_distillation"][:, :2] = -np.inf
-    scores["variant"] = scores["self_distillation"] ** 0.5 * scores["entropy"] ** 0.5
+    scores["variant"] = (scores["self_distillation"].clip(0) * scores["entropy"]) ** 0.5
     return scores | {"magnitude": 1 + 0.1 * shared.random(base.shape), "random": own.random(base.shape)}
 
 

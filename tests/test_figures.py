@@ -18,7 +18,7 @@ from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import neurons, next_tokens, style
 from hfprune_nb.report.criterion import against_ratio, criterion_table
-from hfprune_nb.report.paired import PAIRED, forest, paired_table
+from hfprune_nb.report.paired import PAIRED, forest, hero, paired_table
 from hfprune_nb.report.results import collect, first_seeds, kept, scores
 from hfprune_nb.report.table import Table
 from hfprune_nb.runs import artifacts, parameters, stage
@@ -87,7 +87,7 @@ def distances(colours):
     return np.min([np.linalg.norm(lab[:, None] - lab[None], axis=-1) for lab in seen], axis=0)
 
 
-@pytest.mark.parametrize("look, length", [(style.look, 19), (style.pair_look, 18)])
+@pytest.mark.parametrize("look, length", [(style.look, 19), (style.neutral, 19)])
 def test_no_two_criteria_of_one_figure_look_alike(look, length):
     """Every one has its own marker; where some eyes confuse the colours, the dashes differ."""
     looks = [look(index) for index in range(length)]
@@ -112,6 +112,43 @@ def test_the_papers_three_keep_their_looks_and_every_variant_gets_its_own():
     assert crowded.label("sd_0.4") == "Self-distillation (alpha 0.4)" and crowded.label("entropy@global").startswith(
         "Entropy (HFPrune), "
     )
+
+
+def test_one_colour_means_one_criterion():
+    legend = style.Legend([*synthetic.THREE, ("entropy", "global"), ("entropy", "depth"), ("one_hot_ce", "global")])
+    allocated = [legend.look(f"entropy{allocation}") for allocation in ("", "@depth", "@global")]
+    assert {look["color"] for look in allocated} == {legend.colour("entropy")} and len(
+        {look["marker"] for look in allocated}
+    ) == 3
+    for pair in (("one_hot_ce", "entropy"), ("entropy", "one_hot_ce"), ("one_hot_ce@global", "entropy@global")):
+        assert legend.pair_look(*pair)["color"] == legend.colour("one_hot_ce")
+    assert legend.pair_look("entropy", "entropy@global") == legend.look("entropy@global")
+    assert legend.pair_look("one_hot_ce", "self_distillation")["color"] in style.GREYS
+    assert not {*style.GREYS} & {*style.COLOURS}, "what is no criterion looks like one"
+
+
+def test_hero_shows_how_far_each_criterion_is_from_entropy(results, criterion):
+    table = paired_table(results)
+    figure = hero(table, criterion, MODEL)
+    left, right = figure.axes
+    assert left.get_title().startswith("average") and right.get_title().startswith("log-perplexity")
+    words = figure.legends[0].get_texts()
+    assert [text.get_text() for text in words] == ["One-hot CE", "Self-distillation"]
+    against = table.long[(table.long["a"] == "entropy") & (table.long["column"] == "perplexity:c4")]
+    drawn = [point.lines[0].get_xdata()[0] for point in right.containers]
+    assert sorted(drawn) == pytest.approx(sorted(-against["mean"])) and len(drawn) == 2 * against["ratio"].nunique()
+    assert "not drawn, at 10 %: Magnitude" in figure.get_label() and figure.get_figwidth() == style.WIDTH
+
+
+def test_a_crowd_keeps_to_the_width_and_each_is_named(results):
+    table = paired_table(results)
+    rows = table.long[table.long["ratio"] == 0.2]
+    specs = [{"self_distillation": {"alpha": n / 30}, "as": f"variant_{n:02}"} for n in range(24)]
+    crowd = pd.concat([rows.query("a == 'entropy' and b == 'one_hot_ce'").assign(b=spec["as"]) for spec in specs])
+    legend = style.Legend([*synthetic.THREE, *specs])
+    figure = forest(Table("paired", "", crowd, None, (), legend), MODEL)
+    assert figure.get_figwidth() == style.WIDTH and len(figure.axes) == 2
+    assert len(figure.axes[0].get_yticklabels()) == 24
 
 
 def test_every_criterion_is_held_against_entropy_and_no_baseline_is():
@@ -187,7 +224,7 @@ def test_kept_overlap_has_both_references(prunings):
     }
     assert (at["n_pairs"].drop(neurons.CHANCE) == 3).all()
     assert at.loc["Entropy (HFPrune), two seeds", "jaccard"] > at.loc[neurons.CHANCE, "jaccard"]
-    assert "expected by chance" in texts(neurons.kept_overlap_figure(frame, MODEL))
+    assert "expected by chance" in texts(neurons.kept_overlap_figure(frame, MODEL, style.Legend()))
 
 
 def test_next_tokens_show_what_can_be_printed(results):
@@ -202,14 +239,14 @@ def test_tokens_are_shortened_and_never_empty():
 def test_curves_have_a_log_axis_for_perplexity_and_the_dense_line(criterion):
     figure = against_ratio(criterion, MODEL)
     scales = {ax.get_title(): ax.get_yscale() for ax in figure.axes if ax.get_title()}
-    assert scales["perplexity, c4"] == "log" and scales["average of tasks"] == "linear"
+    assert scales["perplexity on c4"] == "log" and scales["average of tasks"] == "linear"
     assert "Dense" in texts(figure) and "lower is better" in texts(figure)
 
 
 def test_equal_figures_give_equal_files(criterion, tmp_path):
     for name in ("one", "two"):
         written = style.save(against_ratio(criterion, MODEL), tmp_path / name, "curves", criterion.long)
-    assert [path.name for path in written] == ["curves.png", "curves.svg", "curves.csv"]
+    assert [path.name for path in written] == ["curves.png", "curves.svg", "curves.txt", "curves.csv"]
     for path in written:
         assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
     assert b"dc:date" not in written[1].read_bytes()
@@ -233,7 +270,7 @@ def test_figures_of_nothing_say_what_is_missing(tmp_path, results):
         forest(_no_pairs(), MODEL),
         neurons.rank_agreement_figure(neurons.rank_agreement([]), MODEL, style.Legend()),
         neurons.rank_agreement_figure(neurons.rank_agreement([alone]), MODEL, style.Legend()),
-        neurons.kept_overlap_figure(neurons.kept_overlap(neurons.kept_pairs([], style.Legend())), MODEL),
+        neurons.kept_overlap_figure(neurons.kept_overlap(neurons.kept_pairs([], style.Legend())), MODEL, style.Legend()),
         next_tokens.next_tokens(results, MODEL, 0.77),
         against_ratio(
             Table("none", "", pd.DataFrame(columns=["model", "mean", "measure", "criterion", "column"]), None, ()), MODEL
@@ -294,16 +331,17 @@ def test_the_notebook_writes_everything_and_redraws_when_done(tmp_path, monkeypa
     for name in ("criterion.csv", "ablation.md", "fidelity.html", "paired.csv", "published.md", "published_defects.csv"):
         assert made.path(f"tables/{name}").stat().st_size
     assert json.loads(made.path("tables/protocol.json").read_text())["settings"]["dtype"] == ["bfloat16"]
-    for name in ("forest", "next_tokens", "against_ratio"):
-        assert made.path(f"figures/{name}.png").stat().st_size and made.path(f"figures/{name}.svg").stat().st_size
+    for name in ("hero", "forest", "next_tokens", "against_ratio"):
+        assert all(made.path(f"figures/{name}.{kind}").stat().st_size for kind in ("png", "svg", "txt"))
     before = {path: path.stat().st_mtime_ns for path in made.folder.rglob("*") if path.name != "notebook.ipynb"}
     again = tmp_path / "again.ipynb"
     papermill.execute_notebook(paths.notebooks() / "06_figures.ipynb", again, {"study": "paper"}, progress_bar=False)
     assert before == {path: path.stat().st_mtime_ns for path in made.folder.rglob("*") if path.name != "notebook.ipynb"}
     outputs = [output for cell in nbformat.read(again, 4).cells for output in cell.get("outputs", [])]
     shown = [output.data for output in outputs if "data" in output]
-    assert sum("image/png" in data for data in shown) == 3
-    said = "".join(data.get("text/markdown", "") for data in shown)
+    assert sum("image/png" in data for data in shown) == 4
+    said = "\n".join(data.get("text/markdown", "") for data in shown)
+    assert all(path.read_text().strip() in said for path in made.path("figures").glob("*.txt")), "a figure without its caption"
     assert "The paper (LLaMA-2-7B" in said and "Item sampling alone" in said
     paragraph = made.path("tables/verdict.md").read_text().strip()
     assert paragraph in said and "By the kit's measured rates" in paragraph

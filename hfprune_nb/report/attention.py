@@ -13,7 +13,7 @@ from hfprune_nb.report import intervals
 from hfprune_nb.report.paper import PAPER_MODEL, read
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import columns, percent, read_summary, split_of
-from hfprune_nb.report.style import DENSE, STYLE, closed, handles_of, pair_look
+from hfprune_nb.report.style import DENSE, STYLE, WIDTH, closed, handles_of, neutral
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, format_cell, format_difference, measure_label, within_limits
 from hfprune_nb.report.tuning import STATES, Recovered
 
@@ -81,19 +81,19 @@ def attention_table(evaluation_folders: Iterable[Path]) -> Table | None:
 
 
 def attention_figure(table: Table, model: str) -> Figure:
-    """Draw the average of tasks and KL against the ratio, a column per criterion and a colour per split; hollow: untuned."""
+    """Draw the average of tasks and KL against the ratio, a column per criterion and a marker per split; hollow: untuned."""
     cells = table.long[(table.long["model"] == model) & ((table.long["measure"] == "kl") | (table.long["column"] == "average"))]
     names, criteria = list(dict.fromkeys(cells["column"])), list(dict.fromkeys(cells["criterion"]))
     splits = [split for split in SPLITS if split in set(cells["split"])]
     with plt.rc_context(STYLE):
-        size = max(6.4, 1 + 3.2 * len(criteria)), 0.8 + 2.2 * len(names)
+        size = WIDTH, 0.9 + 2 * len(names)
         fig, axes = plt.subplots(len(names), len(criteria), figsize=size, sharex=True, sharey="row", squeeze=False)
         for (row, name), (column, criterion) in itertools.product(enumerate(names), enumerate(criteria)):
             ax, part = axes[row][column], cells[(cells["column"] == name) & (cells["criterion"] == criterion)]
             for (split, state), line in part.groupby(["split", "state"], sort=False):
                 place, tuned = splits.index(split), state == STATES[True]
                 shift = 0.8 * (place - (len(splits) - 1) / 2) + 0.3 * (tuned - 0.5)
-                look = pair_look(place) | {"linestyle": "none", "mfc": None if tuned else "white"}
+                look = neutral(place) | {"linestyle": "none", "mfc": None if tuned else "white"}
                 error = np.nan_to_num([line["mean"] - line["low"], line["high"] - line["mean"]])
                 ax.errorbar(
                     100 * line["ratio"] + shift, line["mean"], yerr=error, label=f"{SPLITS[split]}, {state}", capsize=2, **look
@@ -103,8 +103,10 @@ def attention_figure(table: Table, model: str) -> Figure:
             ax.set_xlabel("parameters removed, %")
         handles = handles_of(axes)
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
-        fig.suptitle(f"{model}: the same number of parameters out of MLPs alone, or out of attention and MLPs")
-    return closed(fig)
+        fig.suptitle(f"{model}: the same number of parameters out of MLPs alone, or out of attention and MLPs", fontsize=10)
+    changes = cells[cells["change"].notna()]
+    told = int((changes["p_holm"] < 1 - intervals.LEVEL).sum())
+    return closed(fig, f"Giving up attention in place of neurons changes {told} of {len(changes)} cells after Holm's correction.")
 
 
 def sentences(table: Table) -> list[str]:

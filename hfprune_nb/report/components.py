@@ -24,7 +24,7 @@ from scipy import stats
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import Results, columns, percent, sample
-from hfprune_nb.report.style import DENSE, STYLE, Legend, closed, message, pair_look
+from hfprune_nb.report.style import DENSE, STYLE, WIDTH, Legend, closed, message, neutral
 from hfprune_nb.report.table import ABSENT, Table, digits_of, measure_label
 
 KINDS = {"seed": "One seed", "item": "One item", "rest": "Seed x item"}
@@ -187,7 +187,7 @@ def components_figure(table: Table, model: str) -> Figure:
     places = list(dict.fromkeys(zip(long["ratio"], long["a"], long["b"], strict=True)))
     labels = [f"{table.legend.label(a)} − {table.legend.label(b)}, {percent(ratio)}" for ratio, a, b in places]
     with mpl.rc_context(STYLE):
-        size = (3.4 + 2.1 * len(names), 1.4 + 0.42 * len(places))
+        size = (WIDTH, 1.4 + 0.42 * len(places))
         fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
         for ax, name in zip(axes.flat, names, strict=True):
             rows = long[long["column"] == name]
@@ -196,6 +196,8 @@ def components_figure(table: Table, model: str) -> Figure:
                 for index, kind in enumerate(KINDS):
                     _mark(ax, row, kind, place + 0.25 * (index - 1), index)
             ax.set(title=measure_label(name, rows["measure"].iloc[0]).replace(", ", "\n"), xlabel="standard deviation")
+            ax.title.set_fontsize(9)
+            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
             ax.set_xlim(left=0)
             ax.grid(axis="y", visible=False)
         axes[0, 0].set_yticks(range(len(places)), labels)
@@ -203,11 +205,11 @@ def components_figure(table: Table, model: str) -> Figure:
         handles = [mpl.lines.Line2D([], [], label=text, **_look(index)) for index, text in enumerate(KINDS.values())]
         fig.legend(handles=handles, loc="outside lower center", ncols=3)
         fig.suptitle(f"{model}: where the variance of differences comes from, 95 % intervals", fontsize=10)
-    return closed(fig)
+    return closed(fig, components_sentence(table, model))
 
 
 def _look(index: int) -> dict:
-    return pair_look(index) | {"linestyle": "none"}
+    return neutral(index) | {"linestyle": "none"}
 
 
 def _mark(ax, row: dict, kind: str, height: float, index: int) -> None:

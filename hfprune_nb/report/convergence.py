@@ -7,12 +7,13 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hfprune_nb.report.neurons import overlap, rank_correlation
 from hfprune_nb.report.results import experiment, importance_by_corpus, scores, snapshots, specs
-from hfprune_nb.report.style import STYLE, Legend, closed, message
+from hfprune_nb.report.style import STYLE, WIDTH, Legend, closed, message
 from hfprune_nb.report.table import Table
 
 NEXT_SEED = ", next seed"
@@ -84,32 +85,46 @@ def calibration_figure(converging: pd.DataFrame, texts: pd.DataFrame, model: str
     if left.empty and right.empty:
         return message("Neither snapshots of scoring nor several calibration texts: nothing to draw.")
     with mpl.rc_context(STYLE):
-        fig, (ax, bars) = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+        fig, (ax, dots) = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
         for (criterion, against), part in left.groupby(["criterion", "against"], sort=False):
-            mean = part.groupby("n")["jaccard"].mean()
             own = against == "own total"
-            faint = {"alpha": 0.35, "linewidth": 1, "marker": "none"} if own else {"label": legend.label(criterion)}
-            ax.plot(mean.index, mean, **legend.look(criterion) | faint)
+            faint = {"alpha": 0.4, "linewidth": 1, "marker": "none"} if own else {"label": legend.label(criterion)}
+            look = legend.look(criterion) | faint
+            seaborn.lineplot(part, x="n", y="jaccard", errorbar=None, ax=ax, legend=False, mec="none", **look)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.set(xlabel="calibration windows (first n of a seed)", ylabel="Jaccard overlap of kept neurons\n(1: same neurons)")
         ax.set_title("against all windows of another seed\n(faint: of the same seed)", fontsize=9)
-        _text_bars(bars, right, legend)
-        bars.set_ylim(top=1.01)
-        handles = {text: line for axis in (ax, bars) for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        _text_dots(dots, right, legend)
+        dots.set_ylim(top=1.01)
+        handles = {text: line for axis in (dots, ax) for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
         fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
         fig.suptitle(f"{model}: how much calibration is enough, and which text", fontsize=10)
-    return closed(fig)
+    return closed(fig, _caption(left[left["against"] == "other seed"], right, legend))
 
 
-def _text_bars(ax, rows: pd.DataFrame, legend: Legend) -> None:
+def _caption(converging: pd.DataFrame, texts: pd.DataFrame, legend: Legend) -> str:
+    told, ends = [], converging.groupby(["criterion", "n"], sort=False)["jaccard"].mean()
+    if len(ends):
+        name = legend.reference(converging["criterion"])
+        few, many = ends[name].index.min(), ends[name].index.max()
+        told = [f"{legend.label(name)} keeps {ends[name][few]:.2f} in common with another seed from {few} windows, "
+                f"{ends[name][many]:.2f} from {many}"]  # fmt: skip
+    if len(texts):
+        means = texts.groupby("corpus", sort=False)["jaccard"].mean()
+        told += [f"the text that changes most is {means.idxmin()} ({means.min():.2f})"]
+    return "; ".join(told) + "."
+
+
+def _text_dots(ax, rows: pd.DataFrame, legend: Legend) -> None:
     names, corpora = legend.in_order(rows["criterion"]), list(dict.fromkeys(rows["corpus"]))
     for index, criterion in enumerate(names):
         part = rows[rows["criterion"] == criterion].set_index("corpus").reindex(corpora)
-        step = 0.72 / len(names)
+        step = min(0.2, 0.7 / len(names))
         places = np.arange(len(corpora)) + step * (index - (len(names) - 1) / 2)
-        ax.bar(places, part["jaccard"], width=step - 0.02, **legend.bar(criterion))
+        ax.plot(places, part["jaccard"], **legend.look(criterion) | {"linestyle": "none", "markersize": 8})
     ax.set_xticks(range(len(corpora)), [name.replace(", ", ",\n") for name in corpora])
+    ax.set_xlim(-0.5, max(len(corpora), 1) - 0.5)
     ax.grid(axis="x", visible=False)
     ax.set_xlabel("calibration text")
     if len(rows):

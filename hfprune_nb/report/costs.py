@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from hfprune_nb.report.paper import PAPER_MODEL, read
 from hfprune_nb.report.protocol import commits_sentence
 from hfprune_nb.report.results import percent
-from hfprune_nb.report.style import REFERENCE, STYLE, Legend, closed, pair_look
+from hfprune_nb.report.style import GREYS, REFERENCE, STYLE, WIDTH, Legend, closed, neutral
 from hfprune_nb.report.table import ABSENT, Table
 
 PAPER_LOOPS = {"entropy: HFPrune loop": "HFPrune", "self_distillation: SDMPrune loop": "SDMPrune"}
 LEGEND = Legend()  # cost is measured with the criteria's own settings
-IMPLEMENTATION_COLOURS = {"engine": "#0072B2", "published loop": "#D55E00"}
+IMPLEMENTATION_COLOURS = {"engine": GREYS[0], "published loop": GREYS[2]}
 PUBLISHED = f"Columns marked paper are published values of {PAPER_MODEL} on one A6000; columns marked measured are this run's."
 
 
@@ -187,12 +187,12 @@ def correlation_table(correlations: pd.DataFrame, facts: dict) -> Table:
 
 
 def cost_bars(summary: pd.DataFrame, facts: dict) -> Figure:
-    """Draw seconds and peak memory of every contestant as bars, engine and published loops in two colours."""
+    """Draw seconds and peak memory of every contestant as bars, engine and published loops in two greys."""
     rows = summary[summary["implementation"] != "ablation"].iloc[::-1]
     height = np.arange(len(rows))
     colours = rows["implementation"].map(IMPLEMENTATION_COLOURS)
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 2, figsize=(9.5, 0.9 + 0.36 * len(rows)), sharey=True)
+        fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 0.9 + 0.3 * len(rows)), sharey=True)
         spread = [rows["seconds"] - rows["seconds_low"], rows["seconds_high"] - rows["seconds"]]
         axes[0].barh(height, rows["seconds"], xerr=spread, color=colours, error_kw={"elinewidth": 1, "capsize": 2})
         axes[1].barh(height, rows["peak_bytes"] / 1e6, color=colours)
@@ -204,7 +204,11 @@ def cost_bars(summary: pd.DataFrame, facts: dict) -> Figure:
         handles = [mpl.patches.Patch(color=shade, label=name) for name, shade in IMPLEMENTATION_COLOURS.items()]
         fig.legend(handles=handles, loc="outside lower center", ncols=2)
         fig.suptitle(f"{facts['model']}: cost of scoring", fontsize=10)
-    return closed(fig)
+    told = [
+        f"{', '.join(part['contestant'].str.replace('_', ' '))} in {part['seconds'].iloc[0]:.1f} s"
+        for _, part in rows.sort_values("seconds").iloc[[0, -1]].groupby("contestant", sort=False)
+    ]
+    return closed(fig, f"The fastest and the slowest: {' and '.join(told)}.")
 
 
 def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
@@ -213,7 +217,7 @@ def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
     The dotted line is what the removed share of prefill FLOPs would give.
     """
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 2, figsize=(8.5, 3.6), sharey=True)
+        fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharey=True)
         lines = [
             (batch, multiple)
             for batch in sorted(summary["batch_size"].unique())
@@ -224,7 +228,7 @@ def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
             rows = rows.sort_values("ratio")
             dense = rows.iloc[0]
             text = f"batch {batch}, " + ("width as it comes" if multiple == 1 else f"multiple of {multiple}")
-            style = pair_look(index) | {"label": text}
+            style = neutral(index) | {"label": text}
             axes[0].plot(100 * rows["ratio"], dense["first_token"] / rows["first_token"], **style)
             axes[1].plot(100 * rows["ratio"], rows["tokens_per_second"] / dense["tokens_per_second"], **style)
         flops = summary[summary["multiple_of"] == 1].drop_duplicates("ratio").sort_values("ratio")
@@ -237,13 +241,16 @@ def speed_against_ratio(summary: pd.DataFrame, facts: dict) -> Figure:
         handles, texts = axes[0].get_legend_handles_labels()
         fig.legend(handles, texts, loc="outside lower center", ncols=3)
         fig.suptitle(f"{facts['model']}: speed of generation after pruning", fontsize=10)
-    return closed(fig)
+    dense = summary[summary["ratio"] == 0].set_index("batch_size")
+    gains = (dense.loc[summary["batch_size"], "first_token"].to_numpy() / summary["first_token"]).groupby(summary["ratio"])
+    told = [f"{percent(ratio)} {part.min():.2f} to {part.max():.2f} times" for ratio, part in gains if ratio]
+    return closed(fig, f"Speed-up of the first token over batches and alignments: {', '.join(told)}.")
 
 
 def correlation_figure(correlations: pd.DataFrame, facts: dict) -> Figure:
     """Draw 1 - the rank correlation with float64 by layer on a log axis, a line per criterion; the target is dashed."""
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(7, 3.2))
+        fig, ax = plt.subplots(figsize=(WIDTH, 3.2))
         for criterion, rows in correlations.groupby("criterion", sort=False):
             distance = np.maximum(1 - rows["spearman"], 1e-7)
             style = {"label": LEGEND.label(criterion), "color": LEGEND.colour(criterion)}
@@ -253,7 +260,12 @@ def correlation_figure(correlations: pd.DataFrame, facts: dict) -> Figure:
         ax.set(xlabel="layer", ylabel="1 - rank correlation with float64\n(lower is better)")
         ax.set_title(f"{facts['model']}: scores in {facts['dtype']} against float64")
         ax.legend(ncols=2)
-    return closed(fig)
+    worst = correlations.loc[correlations["spearman"].idxmin()]
+    return closed(
+        fig,
+        f"The lowest rank correlation with float64 is {worst['spearman']:.5f}, {LEGEND.label(worst['criterion'])} in layer "
+        f"{worst['layer']}.",
+    )
 
 
 def accumulation_figure(rows: pd.DataFrame, facts: dict) -> Figure:
@@ -267,7 +279,7 @@ def accumulation_figure(rows: pd.DataFrame, facts: dict) -> Figure:
         "sum_fraction": ("bfloat16 sum / float64 sum", 1),
     }
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2))
+        fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.7))
         for ax, (column, (text, scale)) in zip(axes, panels.items(), strict=True):
             streams = scale * rows.groupby(["windows", "stream"])[column].mean().unstack()
             ax.plot(streams.index, streams.mean(axis=1), color=LEGEND.colour(REFERENCE), marker="o", markersize=4)
@@ -276,7 +288,12 @@ def accumulation_figure(rows: pd.DataFrame, facts: dict) -> Figure:
             ax.set(xlabel="windows (log scale)", ylabel=text)
         source = f"streams resampled from {facts['accumulation_windows']} windows"
         fig.suptitle(f"{facts['model']}: entropy importance summed in bfloat16 ({source})", fontsize=10)
-    return closed(fig)
+    means = rows.groupby("windows")[["changed", "sum_fraction"]].mean().iloc[-1]
+    return closed(
+        fig,
+        f"After {means.name:,} windows a bfloat16 sum has {percent(round(means['sum_fraction'], 3))} of the true one, and "
+        f"{percent(round(means['changed'], 3))} of the kept neurons are others.",
+    )
 
 
 def accumulation_sentence(rows: pd.DataFrame, facts: dict) -> str:

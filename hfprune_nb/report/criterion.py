@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
-from hfprune_nb.report.results import MEASURES, UNITS, Results, columns, percent, sample
-from hfprune_nb.report.style import AXIS_LABELS, DENSE, STYLE, UNIFORM, Legend, closed, handles_of, message, series
-from hfprune_nb.report.table import ABSENT, Table, format_cell, within_limits
+from hfprune_nb.report.results import LOWER_IS_BETTER, UNITS, Results, columns, percent, sample
+from hfprune_nb.report.style import AXIS_LABELS, CROWD, DENSE, STYLE, UNIFORM, WIDTH, Legend, closed, handles_of, message, series
+from hfprune_nb.report.table import ABSENT, Table, format_cell, format_value, measure_name, within_limits
 
 INTERVALS = (
     "Cells are means with 95 % intervals over calibration seeds and items, each with the degrees of freedom that its number "
@@ -138,9 +138,10 @@ def _untested(long: pd.DataFrame, legend: Legend) -> str:
 
 
 def against_ratio(criterion: Table, model: str) -> Figure:
-    """Draw the average of tasks, perplexity (log axis) and JS against the ratio, a line and band per criterion.
+    """Draw the average of tasks, perplexity (log axis) and JS against the ratio, dodged points with intervals per criterion.
 
-    `criterion` is `criterion_table`; the dense model is a horizontal line.
+    `criterion` is `criterion_table`; the dense model is a horizontal line. The scale is that of the criteria: a baseline that is
+    far from them leaves it. Of a crowd those criteria are drawn that are best in the last panel's measure.
     """
     cells, legend = criterion.long[(criterion.long["model"] == model) & criterion.long["mean"].notna()], criterion.legend
     names = [
@@ -150,19 +151,51 @@ def against_ratio(criterion: Table, model: str) -> Figure:
     ]
     if not names:
         return message(f"No pruned model of {model} was evaluated: nothing to draw against the ratio.")
-    across = min(3, len(names))
+    drawn = _drawn(cells, names[-1], legend)
+    # Two panels side by side stay legible, and where their number is odd the legend takes the place of one.
+    across = min(2, len(names))
     down = -(-len(names) // across)
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(down, across, figsize=(0.6 + 3.3 * across, 0.9 + 2.8 * down), squeeze=False)
+        fig, axes = plt.subplots(down, across, figsize=(WIDTH, 0.9 + 2.1 * down), squeeze=False)
         for ax, name in zip(axes.flat, names, strict=False):
-            _ratio_panel(ax, cells[cells["column"] == name], legend)
-        for ax in axes.flat[len(names) :]:
-            ax.set_axis_off()
+            _ratio_panel(ax, cells[(cells["column"] == name) & cells["criterion"].isin([DENSE, *drawn])], legend)
         handles = handles_of(axes)
         order = [text for text in map(legend.label, legend.in_order(cells["criterion"])) if text in handles]
-        fig.legend([handles[text] for text in order], order, loc="outside lower center", ncols=min(6, 2 * across))
+        spare = axes.flat[len(names) :]
+        place = {"loc": "center"} if len(spare) else {"loc": "outside lower center", "ncols": 3}
+        (spare[0] if len(spare) else fig).legend([handles[text] for text in order], order, **place)
+        for ax in spare:
+            ax.set_axis_off()
         fig.suptitle(f"{model}: what is left after pruning, 95 % intervals", fontsize=10)
-    return closed(fig)
+    return closed(fig, _caption(cells, names, legend))
+
+
+def _drawn(cells: pd.DataFrame, column: str, legend: Legend) -> list[str]:
+    names = legend.in_order(cells.loc[cells["criterion"] != DENSE, "criterion"])
+    if len(names) <= CROWD:
+        return names
+    means = cells[cells["column"] == column].groupby("criterion")["mean"].mean().drop(DENSE, errors="ignore")
+    best = means.sort_values(ascending=cells.loc[cells["column"] == column, "measure"].iloc[0] in LOWER_IS_BETTER)
+    return legend.in_order({legend.reference(names), *best.index[: CROWD - 1]})
+
+
+def _caption(cells: pd.DataFrame, names: list[str], legend: Legend) -> str:
+    """Return what the reference loses in the first panel of perplexity, or of what there is, and who leaves the scale."""
+    column = next((name for name in names if name.startswith("perplexity")), names[0])
+    rows = cells[cells["column"] == column].set_index(["criterion", "ratio"])["mean"]
+    name, measure = legend.reference(cells["criterion"]), cells.loc[cells["column"] == column, "measure"].iloc[0]
+    if name not in rows.index:
+        return ""
+    own = rows[name].sort_index()
+    told = [f"{measure_name(column, measure)} with {legend.label(name)} is {format_value(own.iloc[-1], measure)} at "
+            f"{percent(own.index[-1])}"]  # fmt: skip
+    if DENSE in rows.index:
+        told[0] += f" ({format_value(rows[DENSE].iloc[0], measure)} before pruning)"
+    outside = set(rows.index.get_level_values(0)) - {DENSE, *legend.compared(rows.index.get_level_values(0))}
+    told += [f"with {legend.label(other)} {format_value(rows[other].sort_index().iloc[-1], measure)}" for other in
+             legend.in_order(outside)]  # fmt: skip
+    text = ", ".join(told)
+    return text[0].upper() + text[1:] + "."
 
 
 def _ratio_panel(ax, cells: pd.DataFrame, legend: Legend) -> None:
@@ -170,17 +203,29 @@ def _ratio_panel(ax, cells: pd.DataFrame, legend: Legend) -> None:
     for dense in cells[(cells["criterion"] == DENSE) & (measure != "js")].to_dict("records"):
         ax.axhline(dense["mean"], color=legend.colour(DENSE), linewidth=1, label=legend.label(DENSE))
         ax.axhspan(dense["low"], dense["high"], color=legend.colour(DENSE), alpha=0.08, linewidth=0)
-    for criterion in legend.in_order(cells.loc[cells["criterion"] != DENSE, "criterion"]):
-        line = cells[cells["criterion"] == criterion].sort_values("ratio")
-        ax.plot(100 * line["ratio"], line["mean"], label=legend.label(criterion), **legend.look(criterion))
-        band = {"color": legend.colour(criterion), "alpha": 0.15, "linewidth": 0}
-        ax.fill_between(100 * line["ratio"], line["low"], line["high"], **band)
+    pruned = cells[cells["criterion"] != DENSE]
+    names, ratios = legend.in_order(pruned["criterion"]), sorted(100 * pruned["ratio"].unique())
+    step = min(np.diff(ratios), default=10) * min(0.09, 0.6 / len(names))
+    for index, criterion in enumerate(names):
+        line = pruned[pruned["criterion"] == criterion].sort_values("ratio")
+        ax.errorbar(
+            100 * line["ratio"] + step * (index - (len(names) - 1) / 2),
+            line["mean"],
+            yerr=np.nan_to_num([line["mean"] - line["low"], line["high"] - line["mean"]]),
+            label=legend.label(criterion),
+            capsize=2,
+            elinewidth=1,
+            **legend.look(criterion) | {"linewidth": 0.8},
+        )
     if measure == "perplexity":
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value >= 1e5 else f"{value:,.4g}")
         ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    ax.set_xticks(sorted(100 * cells.loc[cells["criterion"] != DENSE, "ratio"].unique()))
-    corpus = name.partition(":")[2]
-    ax.set(title=f"{MEASURES[measure]}, {corpus}" if corpus else MEASURES[measure])
-    ax.set(xlabel="parameters removed, %", ylabel=AXIS_LABELS[measure])
+    if len(shown := cells[cells["criterion"].isin([DENSE, *legend.compared(names)])].query("measure != 'js' or ratio > 0")):
+        low, high = shown[["low", "mean"]].min(axis=None), shown[["high", "mean"]].max(axis=None)
+        margin = (high / low) ** 0.1 if measure == "perplexity" else 0.1 * (high - low)
+        if high > low:
+            ax.set_ylim((low / margin, high * margin) if measure == "perplexity" else (low - margin, high + margin))
+    ax.set_xticks(ratios)
+    ax.set(title=measure_name(name, measure), xlabel="parameters removed, %", ylabel=AXIS_LABELS[measure])

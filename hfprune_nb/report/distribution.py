@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import Column, Results, percent, percents, sample
-from hfprune_nb.report.style import REFERENCE, STYLE, Legend, closed, message
+from hfprune_nb.report.style import REFERENCE, STYLE, WIDTH, Legend, closed, message
 from hfprune_nb.report.table import Table, bounded, format_p
 
 POSITIONS = {"all": "all positions", "low_entropy": "low-entropy half", "high_entropy": "high-entropy half"}
@@ -81,12 +81,12 @@ def entropy_split_figure(differences: pd.DataFrame, model: str, legend: Legend) 
     corpora, ratios = list(dict.fromkeys(rows["corpus"])), sorted(rows["ratio"].unique())
     others = legend.in_order(rows["other"])
     with mpl.rc_context(STYLE):
-        size = (1.6 + 2.7 * len(ratios), 1.2 + 1.4 * len(corpora))
+        size = (WIDTH, 1.2 + (1.1 + 0.08 * len(others)) * len(corpora))
         fig, axes = plt.subplots(len(corpora), len(ratios), figsize=size, squeeze=False, sharey=True, sharex="row")
         for (line, column), ax in np.ndenumerate(axes):
             here = rows[(rows["corpus"] == corpora[line]) & (rows["ratio"] == ratios[column])]
             _difference_panel(ax, here, others, legend)
-            ax.set_title(f"{corpora[line]}, {percent(ratios[column])} removed", fontsize=9)
+            ax.set_title(f"{corpora[line]}, {percent(ratios[column])}", fontsize=9)
         for ax in axes[-1]:
             ax.set_xlabel("KL difference, nats\n(left: entropy is closer)")
         handles = [
@@ -96,7 +96,12 @@ def entropy_split_figure(differences: pd.DataFrame, model: str, legend: Legend) 
         fig.legend(handles=handles, loc="outside lower center", ncols=2)
         title = "KL to the dense model, entropy minus another criterion"
         fig.suptitle(f"{model}: {title}\n(95 % intervals; filled: told apart after Holm's correction)", fontsize=10)
-    return closed(fig)
+    certain = rows[rows["p_holm"] < 1 - intervals.LEVEL]
+    closer = int((certain["difference"] < 0).sum())
+    told = (
+        f"Of {len(rows)} differences entropy is closer to the dense model in {closer} and further away in {len(certain) - closer}"
+    )
+    return closed(fig, f"{told}; the other {len(rows) - len(certain)} are undecided after Holm's correction.")
 
 
 def _difference_panel(ax, rows: pd.DataFrame, others: list[str], legend: Legend) -> None:

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hfprune_nb.report.results import experiment, percent
-from hfprune_nb.report.style import STYLE, Legend, closed, message
+from hfprune_nb.report.style import STYLE, WIDTH, Legend, closed, message
 
 
 def gradients(experiment_folders: Iterable[Path]) -> pd.DataFrame:
@@ -27,7 +27,7 @@ def gradients(experiment_folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def gradient_figure(frame: pd.DataFrame, model: str, legend: Legend) -> Figure:
-    """Draw the size of each criterion's logit gradient by what the student has lost (log scale)."""
+    """Draw the size of each criterion's logit gradient by what the student has lost (log scale; nothing at the bottom)."""
     rows = frame[frame["model"] == model]
     if rows.empty:
         return message("No gradient was measured: nothing to draw.")
@@ -35,23 +35,30 @@ def gradient_figure(frame: pd.DataFrame, model: str, legend: Legend) -> Figure:
     positive = rows.loc[rows["gradient"] > 0, "gradient"]
     floor = positive.min() / 5
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(7, 3.6))
+        fig, ax = plt.subplots(figsize=(WIDTH, 3.4))
         for index, criterion in enumerate(names):
             values = rows[rows["criterion"] == criterion].set_index("student_ratio")["gradient"].reindex(ratios)
-            step = min(0.27, 0.81 / len(names))
-            places = np.arange(len(ratios)) + step * (index - (len(names) - 1) / 2)
-            ax.bar(places, values, width=step - 0.02, **legend.bar(criterion))
+            places = np.arange(len(ratios)) + min(0.2, 0.6 / len(names)) * (index - (len(names) - 1) / 2)
+            look = legend.look(criterion) | {"label": legend.label(criterion), "markersize": 7, "linewidth": 0.8}
+            ax.plot(places, values.where(values >= floor), **look)
             for place, value in zip(places, values, strict=True):
                 if value < floor:
                     text = "0" if value == 0 else f"{value:.0e}"
-                    ax.text(place, floor, text, ha="center", va="bottom", color=legend.colour(criterion))
+                    ax.plot(place, floor, **look | {"label": None}, clip_on=False)
+                    ax.text(place + 0.08, floor * 1.1, text, va="bottom", color=legend.colour(criterion))
         ax.set(yscale="log", ylim=(floor, positive.max() * 2), ylabel="mean norm of dC/dz per position")
         ax.set_xticks(range(len(ratios)), ["dense model" if ratio == 0 else percent(ratio) for ratio in ratios])
         ax.set_xlabel("neurons that the scored model has lost (self-distillation: the student)")
         ax.grid(axis="x", visible=False)
         ax.set_title(f"{model}: signal that each criterion has to score neurons with")
         fig.legend(loc="outside lower center", ncols=3)
-    return closed(fig)
+    smallest = rows.loc[rows["gradient"].idxmin()]
+    where = "at the dense model" if smallest["student_ratio"] == 0 else f"after {percent(smallest['student_ratio'])}"
+    return closed(
+        fig,
+        f"The weakest signal is that of {legend.label(smallest['criterion'])} {where}, {smallest['gradient']:.2g}, beside "
+        f"{rows['gradient'].median():.2g} in the median of all.",
+    )
 
 
 def gradient_sentence(frame: pd.DataFrame, model: str) -> str:

@@ -1,18 +1,20 @@
 """Which criterion is closer to the truth? Predicted against measured damage of silenced neurons."""
 
 import itertools
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.results import experiment, scores, specs
-from hfprune_nb.report.style import STYLE, Legend, closed, message
+from hfprune_nb.report.style import GREYS, STYLE, WIDTH, Legend, closed, message
 from hfprune_nb.report.table import ABSENT, Table, bounded, format_p
 
 TARGETS = {"kl": "KL(dense, ablated)", "ce": "change of cross-entropy", "entropy": "change of entropy"}
@@ -35,10 +37,7 @@ TRUTH_COLUMNS = {
 }
 
 
-KINDS = {"one neuron": ("o", 18), "random group": ("s", 26), "lowest group": ("^", 26)}
-
-
-KIND_COLOURS = {"one neuron": "#0072B2", "random group": "#7F7F7F", "lowest group": "#D55E00"}
+KINDS = {"one neuron": ".", "random group": "s", "lowest group": "^"}
 
 
 SIGNED = "predicted_ce"
@@ -125,32 +124,44 @@ def truth_figure(predictions: pd.DataFrame, correlations: pd.DataFrame, model: s
     across = 2 if len(panels) == 4 else min(3, len(panels))
     down = -(-len(panels) // across)
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(down, across, figsize=(0.6 + 3.1 * across, 1 + 2.9 * down), squeeze=False)
+        fig, axes = plt.subplots(down, across, figsize=(WIDTH, 0.8 + 2.2 * down), squeeze=False)
         for ax, name in zip(axes.flat, panels, strict=False):
             part = rows[rows["predictor"] == name]
-            _truth_panel(ax, part, "ce" if name == SIGNED else "kl")
-            title = "signed first-order CE, same text" if name == SIGNED else legend.label(name)
+            colour = GREYS[0] if name == SIGNED else legend.colour(name)
+            _truth_panel(ax, part, "ce" if name == SIGNED else "kl", colour)
+            title = "signed first-order CE" if name == SIGNED else textwrap.shorten(legend.label(name), 30, placeholder=" …")
             ax.set_title(title + _within(correlations[correlations["model"] == model], name), fontsize=9)
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
         handles = [
-            mpl.lines.Line2D([], [], color=KIND_COLOURS[kind], marker=mark, linestyle="none", label=kind)
-            for kind, (mark, _) in KINDS.items()
+            mpl.lines.Line2D([], [], color=GREYS[1], marker=mark, mfc="none", linestyle="none", label=kind)
+            for kind, mark in KINDS.items()
         ]
         fig.legend(handles=handles, loc="outside lower center", ncols=3)
         fig.suptitle(f"{model}: predicted against measured damage of silenced neurons", fontsize=10)
-    return closed(fig)
+    return closed(fig, _caption(correlations[correlations["model"] == model], names, legend))
 
 
-def _truth_panel(ax, rows: pd.DataFrame, target: str) -> None:
+def _caption(correlations: pd.DataFrame, names: list[str], legend: Legend) -> str:
+    within = correlations[correlations["scope"] == "within"].set_index(["predictor", "target"])["spearman"]
+    kl = within.xs("kl", level="target").reindex(legend.compared(names)).dropna()
+    if kl.empty:
+        return ""
+    best, worst = kl.idxmax(), kl.idxmin()
+    told = f"Within a layer {legend.label(best)} ranks the measured KL of single neurons best ({kl[best]:.2f})"
+    told += f", {legend.label(worst)} worst ({kl[worst]:.2f})" if best != worst else ""
+    exact = within.get((SIGNED, "ce"))
+    return told + (f"; the signed estimate on the same text ranks the change of CE with {exact:.2f}." if exact else ".")
+
+
+def _truth_panel(ax, rows: pd.DataFrame, target: str, colour: str) -> None:
     kinds = np.where(rows["size"] == 1, "one neuron", np.where(rows["kind"] == "random group", "random group", "lowest group"))
-    for kind, (mark, size) in KINDS.items():
-        part = rows[kinds == kind]
-        ax.scatter(
-            part["predicted"], part[target], s=size, marker=mark, facecolors="none", edgecolors=KIND_COLOURS[kind], linewidths=0.9
-        )
+    seaborn.scatterplot(
+        rows, x="predicted", y=target, style=kinds, markers=KINDS, s=22, fc="none", ec=colour, linewidth=0.8, ax=ax, legend=False
+    )
     if target == "kl":
-        ax.set(xscale="log", yscale="log", xlabel="importance, summed (right: keep)", ylabel="KL, nats (higher: worse)")
+        ax.set(xscale="log", yscale="log", xlabel="importance (right: keep)")
+        ax.set_ylabel("KL, nats (higher: worse)" if ax.get_subplotspec().is_first_col() else "")
         return
     size = float(np.quantile(np.abs(rows[["predicted", "ce"]]), 0.25)) or 1e-6
     ax.axline((0, 0), slope=1, color="black", linewidth=0.8)

@@ -1,6 +1,7 @@
 """Do the criteria choose different neurons? Importance, rank agreement and overlap of kept sets from stages 02 and 03."""
 
 import itertools
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from scipy.spatial.distance import squareform
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.results import kept, percent, percents, scores, specs, split_of
-from hfprune_nb.report.style import STYLE, UNIFORM, Legend, closed, handles_of, message, pair_look, series
+from hfprune_nb.report.style import DASHES, GREYS, STYLE, UNIFORM, WIDTH, Legend, closed, handles_of, message, series
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
-PAIRS = ["model", "ratio", "layer", "comparison", "seeds", "jaccard"]
-OVERLAP = ["model", "ratio", "layer", "comparison", "jaccard", "n_pairs"]
+PAIRS = ["model", "ratio", "layer", "comparison", "a", "b", "seeds", "jaccard"]
+OVERLAP = ["model", "ratio", "layer", "comparison", "a", "b", "jaccard", "n_pairs"]
 CHANCE = "chance"
 CHOICE = ["model", "ratio", "pair", "between", "within", "chance", "difference", "low", "high", "p"]
 DEFAULT_NEURON_RATIO = 0.3  # where a study has no pruning to take it from
@@ -83,9 +84,7 @@ def importance_heatmap(scoring_folder: Path, n_bins: int = 100) -> Figure:
     across = min(5, len(binned))
     down = -(-len(binned) // across)
     with mpl.rc_context(STYLE | {"axes.grid": False}):
-        fig, axes = plt.subplots(
-            down, across, figsize=(1.5 + 1.9 * across, 0.9 + 2.5 * down), sharex=True, sharey=True, squeeze=False
-        )
+        fig, axes = plt.subplots(down, across, figsize=(WIDTH, 0.9 + 2.1 * down), sharex=True, sharey=True, squeeze=False)
         for ax, (name, values) in zip(axes.flat, binned.items(), strict=False):
             layers = values.shape[0]
             image = ax.imshow(
@@ -96,7 +95,8 @@ def importance_heatmap(scoring_folder: Path, n_bins: int = 100) -> Figure:
                 interpolation="nearest",
                 extent=(0, 100, layers - 0.5, -0.5),
             )
-            ax.set_title(names.label(name))
+            ax.set_title(textwrap.fill(names.label(name), 17), fontsize=8.5)
+            ax.set_xticks((0, 50, 100))
             ax.yaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, nbins=7))
         for ax in axes.flat[len(binned) :]:
             ax.set_axis_off()
@@ -109,7 +109,14 @@ def importance_heatmap(scoring_folder: Path, n_bins: int = 100) -> Figure:
         bar.set_label("importance / mean of the model")
         seed = "" if facts["seed"] is None else f", seed {facts['seed']}"
         fig.suptitle(f"{facts['model']}{seed}: importance of MLP neurons", fontsize=10)
-    return closed(fig)
+    name = names.reference(binned) if names.reference(binned) in binned else next(iter(binned))
+    means = [float(np.mean(row[np.isfinite(row)])) for row in importance[name]]
+    high, low = int(np.argmax(means)), int(np.argmin(means))
+    return closed(
+        fig,
+        f"{names.label(name)} gives a neuron of layer {high} {means[high] / means[low]:.3g} times the importance of one of layer "
+        f"{low} on average, the extremes; uniform widths cut both layers at the same place.",
+    )
 
 
 def rank_agreement(scoring_folders: Iterable[Path]) -> pd.DataFrame:
@@ -130,20 +137,24 @@ def rank_agreement_figure(agreement: pd.DataFrame, model: str, legend: Legend) -
     if rows.empty:
         return message("Fewer than two criteria were scored: no rank correlation to draw.")
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(7, 4))
-        for index, ((a, b), part) in enumerate(rows.groupby(["a", "b"], sort=False)):
-            by_layer = part.groupby("layer")["spearman"].agg(["mean", "min", "max"])
-            style = pair_look(index)
-            text = f"{legend.label(a)} / {legend.label(b)}"
-            ax.plot(by_layer.index, by_layer["mean"], label=text, markersize=3.5, **style)
-            band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
-            ax.fill_between(by_layer.index, by_layer["min"], by_layer["max"], **band)
+        fig, ax = plt.subplots(figsize=(WIDTH, 3.6 + 0.09 * rows.index.nunique()))
+        for (a, b), part in rows.groupby(["a", "b"], sort=False):
+            look = legend.pair_look(a, b) | {"label": f"{legend.label(a)} / {legend.label(b)}", "markersize": 4}
+            seaborn.lineplot(part, x="layer", y="spearman", errorbar=("pi", 100), ax=ax, legend=False, mec="none", **look)
         ax.set(xlabel="layer", ylabel="Spearman rank correlation\n(1: same order of neurons)")
-        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
+        ax.set_ylim(top=1.01)
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         ax.set_title(f"{model}: agreement of criteria on the order of neurons\n({_seeds(rows)})")
         fig.legend(loc="outside lower center", ncols=2)
-    return closed(fig)
+    means = rows.groupby(["a", "b", "layer"], sort=False)["spearman"].mean()
+    if means.isna().all():
+        return closed(fig)
+    a, b, layer = means.idxmin()
+    return closed(
+        fig,
+        f"Least alike are the orders of {legend.label(a)} and {legend.label(b)} in layer {layer}, with a rank correlation of "
+        f"{means.min():.2f}; the median of all pairs and layers is {means.median():.2f}.",
+    )
 
 
 def _seeds(rows: pd.DataFrame) -> str:
@@ -183,17 +194,25 @@ def overlap_map_figure(overlaps: pd.DataFrame, model: str, legend: Legend) -> Fi
     order = hierarchy.leaves_list(hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True))
     square = square.iloc[order, order].rename(index=legend.label, columns=legend.label)
     with mpl.rc_context(STYLE):
-        size = 3 + 0.48 * len(square)
-        fig, ax = plt.subplots(figsize=(size + 1, size))
+        fig, ax = plt.subplots(figsize=(WIDTH, WIDTH - 0.9))
         seaborn.heatmap(
-            square, ax=ax, cmap="cividis", annot=len(square) <= 16, fmt=".2f", annot_kws={"size": 7}, square=True, robust=True,
+            square, ax=ax, cmap="cividis", annot=len(square) <= 12, fmt=".2f", annot_kws={"size": 7}, square=True, robust=True,
             cbar_kws={"label": "Jaccard overlap of kept neurons", "shrink": 0.7},
         )  # fmt: skip
         ax.set(xlabel="", ylabel="", title=f"{model}: which criteria keep the same neurons\n(diagonal: two calibration seeds)")
         ax.tick_params(length=0)
         ax.tick_params(axis="y", rotation=0)
-        plt.setp(ax.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
-    return closed(fig)
+        plt.setp(ax.get_xticklabels(), rotation=60 if len(square) > 12 else 40, ha="right", rotation_mode="anchor")
+        if len(square) > 12:
+            ax.tick_params(labelsize=7)
+    names = list(map(legend.label, legend.compared(overlaps["a"])))
+    apart = square.where(~np.eye(len(square), dtype=bool)).filter(names, axis=0).filter(names).stack()
+    if apart.empty:
+        return closed(fig)
+    like, unlike = (" and ".join(pair) for pair in (apart.idxmax(), apart.idxmin()))
+    seeds = np.diag(square)
+    floor = f"; two seeds of one criterion overlap {np.nanmedian(seeds):.2f} in the median" if np.isfinite(seeds).any() else ""
+    return closed(fig, f"Most alike are {like} ({apart.max():.2f}), least {unlike} ({apart.min():.2f}){floor}.")
 
 
 def kept_pairs(pruning_folders: Iterable[Path], legend: Legend) -> pd.DataFrame:
@@ -224,10 +243,10 @@ def kept_pairs(pruning_folders: Iterable[Path], legend: Legend) -> pd.DataFrame:
             else:
                 continue
             for layer, (left, right) in enumerate(zip(kept_a, kept_b, strict=True)):
-                rows.append([model, ratio, layer, comparison, seeds, jaccard(left, right)])
+                rows.append([model, ratio, layer, comparison, a, b, seeds, jaccard(left, right)])
                 width = facts["width_before"]
                 width = width[layer] if isinstance(width, list) else width
-                rows.append([model, ratio, layer, CHANCE, seeds, chance_jaccard(len(left), len(right), width)])
+                rows.append([model, ratio, layer, CHANCE, "", "", seeds, chance_jaccard(len(left), len(right), width)])
     return pd.DataFrame(rows, columns=PAIRS)
 
 
@@ -252,46 +271,52 @@ def chance_jaccard(n_left: int, n_right: int, width: int) -> float:
     return float(np.sum(probability * np.divide(shared, union, out=np.ones(len(shared)), where=union > 0)))
 
 
-def kept_overlap_figure(overlap: pd.DataFrame, model: str) -> Figure:
+def kept_overlap_figure(overlap: pd.DataFrame, model: str, legend: Legend) -> Figure:
     """Draw the overlap of kept sets by layer, a panel per ratio (`kept_overlap`).
 
-    References: one criterion with two seeds (thin grey-scale lines) and the overlap that chance alone would give.
+    References: one criterion with two seeds (thin grey lines) and the overlap that chance alone would give.
     """
     rows = overlap[overlap["model"] == model]
     if rows.empty:
         return message("Fewer than two prunings at the same ratio and seed: no kept sets to compare.")
     ratios = sorted(rows["ratio"].unique())
-    names = list(dict.fromkeys(rows["comparison"]))
-    between = [name for name in names if " / " in name]
-    within = [name for name in names if name.endswith("two seeds")]
+    between, within = rows[rows["a"] != rows["b"]], rows[(rows["a"] == rows["b"]) & (rows["a"] != "")]
+    looks = {
+        name: legend.pair_look(a, b) | {"markersize": 3.5}
+        for name, a, b in between[["comparison", "a", "b"]].drop_duplicates().itertuples(index=False)
+    }
+    for index, name in enumerate(within["comparison"].unique()):
+        looks[name] = {"color": GREYS[index % 3], "linestyle": (0, DASHES[index % 2]), "linewidth": 1}
+    looks[CHANCE] = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1.2}
     with mpl.rc_context(STYLE):
-        width = 1 + 3.1 * len(ratios)
-        fig, axes = plt.subplots(1, len(ratios), figsize=(max(5, width), 4), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(1, len(ratios), figsize=(WIDTH, 3.6), sharey=True, squeeze=False)
         for ax, ratio in zip(axes.flat, ratios, strict=True):
             part = rows[rows["ratio"] == ratio]
-            for name in [*between, *within, CHANCE]:
+            for name, look in looks.items():
                 line = part[part["comparison"] == name]
                 if len(line):
                     text = "expected by chance" if name == CHANCE else name
-                    ax.plot(line["layer"], line["jaccard"], label=text, **_overlap_style(name, between, within))
-            ax.set(title=f"{percent(ratio)} of parameters removed", xlabel="layer")
+                    ax.plot(line["layer"], line["jaccard"], label=text, **look)
+            ax.set(title=f"{percent(ratio)} removed", xlabel="layer")
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         axes[0, 0].set_ylabel("Jaccard overlap of kept neurons\n(1: same neurons)")
         axes[0, 0].set_ylim(top=1.01)
         handles = handles_of(axes)
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if width < 8 else 3)
+        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
         fig.suptitle(f"{model}: which neurons are kept", fontsize=10)
-    return closed(fig)
+    return closed(fig, _overlap_caption(between, within))
 
 
-def _overlap_style(name: str, between: list[str], within: list[str]) -> dict:
-    if name == CHANCE:
-        return {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1.2}
-    if name in within:
-        index = within.index(name)
-        grey = ("#444444", "#808080", "#AAAAAA")[index % 3]
-        return {"color": grey, "linestyle": pair_look(index)["linestyle"], "linewidth": 1.1}
-    return pair_look(between.index(name)) | {"linestyle": "solid", "markersize": 3.5}
+def _overlap_caption(between: pd.DataFrame, within: pd.DataFrame) -> str:
+    if between.empty:
+        return ""
+    least = between.loc[between["jaccard"].idxmin()]
+    here = within[(within["ratio"] == least["ratio"]) & (within["layer"] == least["layer"])]["jaccard"]
+    seeds = f", where two seeds of one criterion overlap {_range(here)}" if len(here) else ""
+    return (
+        f"{least['comparison']} keep the fewest neurons in common in layer {least['layer']} at {percent(least['ratio'])}, "
+        f"{least['jaccard']:.2f} of both together{seeds}."
+    )
 
 
 def choice(kept_pairs: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import LOWER_IS_BETTER, MARGINS, Results, columns, percent, sample
-from hfprune_nb.report.style import DENSE, STYLE, Legend, closed, message, pair_look
+from hfprune_nb.report.style import CROWD, DENSE, REFERENCE, STYLE, WIDTH, Legend, closed, message
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, digits_of, format_difference, format_p, measure_label
 
 PAIRED = [
@@ -203,55 +203,128 @@ def forest(paired: Table, model: str) -> Figure:
     """Draw paired differences between criteria with 95 % intervals, a panel per measure; `paired` is `paired_table`.
 
     Filled markers: the interval excludes zero, also after Holm's correction; hollow ones: it does not. The side where
-    the first criterion of a pair is better is written below each panel.
+    the first criterion of a pair is better is written below each panel. Many pairs are drawn for `HERO`'s measures alone.
     """
     rows = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
     if rows.empty:
         return message("No two criteria were evaluated on the same seeds and items: no paired difference to draw.")
-    names, ratios = list(rows["column"].unique()), sorted(rows["ratio"].unique())
     pairs = list(dict.fromkeys(zip(rows["a"], rows["b"], strict=True)))
-    across = min(4 if len(names) > 6 else 3, len(names))
-    down = -(-len(names) // across)
-    height = 0.9 + 0.2 * (len(pairs) + 0.8) * len(ratios)
+    if len(pairs) > CROWD:
+        rows = rows[rows["column"].isin(_hero_columns(rows))]
+    rows = rows.assign(series=list(zip(rows["a"], rows["b"], strict=True)), certain=rows["verdict"].str.endswith(" better"))
+    words = {pair: " − ".join(map(paired.legend.label, pair)) for pair in pairs}
+    looks = {pair: paired.legend.pair_look(*pair) for pair in pairs}
+    fig = _panels(rows, {pair: (words[pair], looks[pair]) for pair in pairs}, "first is better", across=3)
+    fig.suptitle(f"{model}: paired differences, 95 % intervals (filled: zero excluded, also after Holm)", fontsize=10)
+    surest = rows.sort_values(["p_holm", "p"], kind="stable").iloc[0]
+    caption = f"Of {len(rows)} paired differences {rows['certain'].sum()} exclude zero after Holm's correction"
+    return closed(fig, f"{caption}; the surest is {_in_words(surest, words[surest['series']])}.")
+
+
+# Of these measures the first two that a study has, on its first corpus, tell it in one picture.
+HERO = ("average", "perplexity", "kl", "js")
+
+
+def _hero_columns(rows: pd.DataFrame) -> list[str]:
+    firsts = rows.drop_duplicates("measure").set_index("measure")["column"]
+    return [firsts[measure] for measure in HERO if measure in firsts][:2]
+
+
+def hero(paired: Table, criterion: Table, model: str) -> Figure:
+    """Draw each criterion's difference to entropy with its 95 % interval in two measures, by ratio.
+
+    `paired` and `criterion` are `paired_table` and `criterion_table`. The measures are the first two of `HERO` that there are.
+    Baselines, which have no paired test and would hide the others, stand in the caption.
+    """
+    legend, rows = paired.legend, paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
+    rows = rows[rows["a"].map(_criterion).eq(REFERENCE) != rows["b"].map(_criterion).eq(REFERENCE)]
+    if rows.empty:
+        return message("No criterion was evaluated on the same seeds and items as entropy: nothing to draw.")
+    rows = rows[rows["column"].isin(_hero_columns(rows))]
+    turned = rows["a"].map(_criterion).eq(REFERENCE)
+    sign = np.where(turned, -1, 1)
+    low, high = np.where(turned, -rows["high"], rows["low"]), np.where(turned, -rows["low"], rows["high"])
+    rows = rows.assign(series=rows["b"].where(turned, rows["a"]), mean=sign * rows["mean"], low=low, high=high)
+    rows["certain"] = rows["verdict"].str.endswith(" better")
+    names = legend.in_order(rows["series"])
+    fig = _panels(rows, {name: (legend.label(name), legend.look(name)) for name in names}, "better than entropy", across=2)
+    fig.suptitle(f"{model}: difference to {legend.label(REFERENCE)}, 95 % intervals (filled: decided after Holm)", fontsize=10)
+    told = f"{int(rows['certain'].sum())} of {len(rows)} differences to entropy exclude zero after Holm's correction"
+    return closed(fig, f"{told}{_baselines(criterion, rows, model)}.")
+
+
+def _criterion(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _baselines(criterion: Table, rows: pd.DataFrame, model: str) -> str:
+    """Return how far the baselines, which are not drawn, are from entropy at the middle ratio, as the end of a sentence."""
+    ratios = sorted(rows["ratio"].unique())
+    ratio = ratios[(len(ratios) - 1) // 2]
+    cells = criterion.long[(criterion.long["model"] == model) & (criterion.long["ratio"] == ratio)]
+    plain = {name for name in cells["criterion"] if "@" not in name and name != DENSE}
+    told = []
+    for name in criterion.legend.in_order(plain - set(criterion.legend.compared(plain))):
+        sizes = []
+        for column, measure in rows[["column", "measure"]].drop_duplicates().itertuples(index=False):
+            means = cells[cells["column"] == column].set_index("criterion")["mean"]
+            means = np.log(means) if measure == "perplexity" else means
+            sizes.append(f"{means[name] - means[REFERENCE]:+.{1 if measure == 'average' else 2}f} {SIZES[measure]}")
+        told.append(f"{criterion.legend.label(name)} {' and '.join(sizes)}")
+    return f"; not drawn, at {percent(ratio)}: {', '.join(told)}" if told else ""
+
+
+def _in_words(row: pd.Series, pair: str) -> str:
+    place = row["column"].partition(":")[2]
+    text = f"{pair}, {format_difference(row)} {SIZES[row['measure']]}"
+    return f"{text}{f' on {place}' if place else ''} at {percent(row['ratio'])}"
+
+
+def _panels(rows: pd.DataFrame, series: dict, better: str, across: int) -> Figure:
+    """Draw a panel per measure of differences with intervals, a height per ratio and, dodged, per series.
+
+    rows : those of `paired_table` with the columns `series` and `certain`; series : its label and look. With one ratio and many
+    series the axis names them, otherwise a legend does.
+    """
+    names, ratios = list(rows["column"].unique()), sorted(rows["ratio"].unique())
+    # A spare panel holds the legend, so that none is empty.
+    across = min(across, len(names))
+    down, named, step = -(-len(names) // across), len(ratios) == 1 and len(series) > 3, len(series) + 0.8
+    height = 0.8 + 0.16 * step * len(ratios)
     with mpl.rc_context(STYLE):
-        size = (0.9 + 2.7 * across, 0.6 + down * height)
-        fig, axes = plt.subplots(down, across, figsize=size, sharey=True, squeeze=False)
+        fig, axes = plt.subplots(down, across, figsize=(WIDTH, 0.6 + down * height), sharey=True, squeeze=False)
         for ax, name in zip(axes.flat, names, strict=False):
-            _forest_panel(ax, rows[rows["column"] == name], pairs, ratios)
-        for ax in axes.flat[len(names) :]:
+            _panel(ax, rows[rows["column"] == name], series, ratios, better)
+        if named:
+            axes[0, 0].set_yticks(range(len(series)), [label for label, _ in series.values()], fontsize=7.5)
+        handles = [mpl.lines.Line2D([], [], label=label, **look | {"linestyle": "none"}) for label, look in series.values()]
+        spare = axes.flat[len(names) :]
+        for ax in spare:
             ax.set_axis_off()
-        words = [f"{paired.legend.label(a)} − {paired.legend.label(b)}" for a, b in pairs]
-        handles = [_pair_handle(index, text) for index, text in enumerate(words)]
-        fig.legend(handles=handles, loc="outside lower center", ncols=min(across, 3))
-        title = "paired differences, 95 % intervals (filled: zero excluded, also after Holm)"
-        fig.suptitle(f"{model}: {title}" if across > 1 else f"{model}\n{title}", fontsize=10)
-    return closed(fig)
+        if len(spare) and not named:
+            spare[0].legend(handles=handles, loc="center left")
+        elif not named:
+            fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    return fig
 
 
-def _pair_handle(index: int, text: str):
-    return mpl.lines.Line2D([], [], label=text, **pair_look(index) | {"linestyle": "none"})
-
-
-def _forest_panel(ax, rows: pd.DataFrame, pairs: list, ratios: list) -> None:
-    step = len(pairs) + 0.8
+def _panel(ax, rows: pd.DataFrame, series: dict, ratios: list, better: str) -> None:
+    order, step = list(series), len(series) + 0.8
     for row in rows.to_dict("records"):
-        index = pairs.index((row["a"], row["b"]))
-        style = pair_look(index)
-        height = ratios.index(row["ratio"]) * step + index
-        certain = row["verdict"].endswith(" better")
+        look = series[row["series"]][1]
         ax.errorbar(
             row["mean"],
-            height,
+            ratios.index(row["ratio"]) * step + order.index(row["series"]),
             xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
-            marker=style["marker"],
+            marker=look["marker"],
             linestyle="none",
-            color=style["color"],
-            markerfacecolor=style["color"] if certain else "white",
+            color=look["color"],
+            markerfacecolor=look["color"] if row["certain"] else "white",
             elinewidth=1.3,
             capsize=2.5,
         )
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks([i * step + (len(pairs) - 1) / 2 for i in range(len(ratios))], [percent(ratio) for ratio in ratios])
+    ax.set_yticks([i * step + (len(order) - 1) / 2 for i in range(len(ratios))], [percent(ratio) for ratio in ratios])
     ax.set_ylim(len(ratios) * step - 0.9, -0.9)
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
     ax.grid(axis="y", visible=False)
@@ -259,7 +332,7 @@ def _forest_panel(ax, rows: pd.DataFrame, pairs: list, ratios: list) -> None:
         ax.axhline(i * step - 0.9, color="#BBBBBB", linewidth=0.6)
     first = rows.iloc[0]
     side = "left" if first["measure"] in LOWER_IS_BETTER else "right"
-    ax.set_xlabel(f"difference ({side}: first is better)")
-    ax.set_title(measure_label(first["column"], first["measure"]).replace(", ", "\n"))
-    if ax.get_subplotspec().is_first_col():
+    ax.set_xlabel(f"{side}: {better}")
+    ax.set_title(measure_label(first["column"], first["measure"]).replace(", ", "\n"), fontsize=9)
+    if ax.get_subplotspec().is_first_col() and len(ratios) > 1:
         ax.set_ylabel("parameters removed")

@@ -20,7 +20,7 @@ from hfprune_nb.report import intervals
 from hfprune_nb.report.components import squares
 from hfprune_nb.report.paired import SIZES
 from hfprune_nb.report.results import MARGINS, Column, Results, columns, percent, sample
-from hfprune_nb.report.style import STYLE, Legend, closed, message, pair_look
+from hfprune_nb.report.style import GREYS, STYLE, WIDTH, Legend, closed, message, neutral
 from hfprune_nb.report.table import ABSENT, Table, digits_of, measure_label
 
 DETECT = {measure: MARGINS[measure] for measure in ("average", "perplexity", "js")}
@@ -321,25 +321,30 @@ def power_figure(results: Results, costs: dict[str, Costs], table: Table, model:
         return message("Fewer than two calibration seeds or two criteria, or not all that the models were made from: no design.")
     wanted = [column for column in firsts(results, model, set(rows["measure"])) if column.name in set(rows["column"])]
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(wanted), figsize=(1 + 3.1 * len(wanted), 3.6), squeeze=False)
+        fig, axes = plt.subplots(1, len(wanted), figsize=(WIDTH, 3.4), squeeze=False)
         for ax, column in zip(axes.flat, wanted, strict=True):
             part = rows[rows["column"] == column.name].set_index("design")
             asked = question(results, model, part["ratio"].iloc[0], column, costs[model])
             best = frontier(asked, 0.7 * part["detect"].iloc[0])
             best = best[best["detectable"] < 3 * part.loc["today", "detectable"]]
-            ax.plot(best["hours"], best["detectable"], color="#7F7F7F", label="best designs")
+            ax.plot(best["hours"], best["detectable"], color=GREYS[1], label="best designs")
             for index, name in enumerate(("today", "cheapest")):
-                look = pair_look(index) | {"linestyle": "none"}
+                look = neutral(index) | {"linestyle": "none"}
                 ax.plot(part.loc[name, "hours"], part.loc[name, "detectable"], **look, label=_point(name), markersize=8)
             ax.axhline(part["detect"].iloc[0], color="black", linewidth=0.8, linestyle=":")
-            ax.set(xscale="log", yscale="log", xlabel="hours", ylabel="detectable difference (80 % chance)")
-            ax.set_title(measure_label(column.name, column.measure).replace(", ", "\n"))
+            ax.set(
+                xscale="log",
+                yscale="log",
+                xlabel="hours",
+                ylabel="" if ax is not axes[0, 0] else "detectable difference (80 % chance)",
+            )
+            ax.set_title(measure_label(column.name, column.measure).replace(", ", "\n"), fontsize=9)
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
                 axis.set_minor_formatter(mpl.ticker.NullFormatter())
         fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         fig.suptitle(f"{model} at {percent(rows['ratio'].iloc[0])}: what more hours would find", fontsize=10)
-    return closed(fig)
+    return closed(fig, power_sentence(table, model))
 
 
 def _point(name: str) -> str:

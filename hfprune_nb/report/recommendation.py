@@ -13,7 +13,7 @@ from hfprune_nb.files import read_json
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import Results, collect, model_row, percent, read_summary, split_of, treatment
-from hfprune_nb.report.style import DENSE, REFERENCE, STYLE, Legend, closed, handles_of, message
+from hfprune_nb.report.style import CROWD, DENSE, REFERENCE, STYLE, WIDTH, Legend, closed, handles_of, message
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, bounded, format_p
 
 NONE, PLAIN = "none", "plain"
@@ -128,59 +128,119 @@ def sentences(table: Table) -> list[str]:
 
 
 def pareto_figure(table: Table, model: str) -> Figure:
-    """Draw KL against the forward passes that a recipe takes, a panel per compensation; the line joins what nothing beats."""
+    """Draw KL against the forward passes that a recipe takes, a panel per compensation; a line joins the front."""
     rows = table.long[(table.long["model"] == model) & table.long["kl"].notna() & np.isfinite(table.long["forwards"])]
     if rows.empty:
         return message("No pruned model was evaluated: nothing to weigh against its cost.")
     ratios = sorted(rows["ratio"].unique())
     rows = rows[rows["ratio"] == ratios[(len(ratios) - 1) // 2]]
-    kinds = list(dict.fromkeys([NONE, *rows["compensation"]]))
+    kinds, told = list(dict.fromkeys([NONE, *rows["compensation"]])), []
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(kinds), figsize=(1.5 + 4.2 * len(kinds), 4.4), sharey=True, squeeze=False)
+        height = 4.2 + 0.13 * rows["criterion"].nunique() / 2
+        fig, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, height), sharey=True, squeeze=False)
         for ax, kind in zip(axes.flat, kinds, strict=True):
             part = rows[rows["compensation"] == kind].sort_values(["forwards", "kl"])
-            for row in part.to_dict("records"):
-                style = table.legend.look(row["criterion"]) | {"linestyle": "none", "label": table.legend.label(row["criterion"])}
-                error = [[row["kl"] - row["kl_low"]], [row["kl_high"] - row["kl"]]]
-                ax.errorbar(row["forwards"], row["kl"], yerr=error, capsize=2, elinewidth=1, **style)
-            front = part[part["kl"] <= part["kl"].cummin()]
-            ax.step(front["forwards"], front["kl"], where="post", color="#BBBBBB", linewidth=1, zorder=0)
+            steps = sorted(part["forwards"].unique())
+            places = {count: place for place, count in enumerate(steps)}
+            for _, same in part.groupby("forwards", sort=False):
+                # What takes the same passes stands side by side.
+                shifts = np.linspace(-0.3, 0.3, len(same)) if len(same) > 1 else [0]
+                for shift, row in zip(shifts, same.to_dict("records"), strict=True):
+                    look = table.legend.look(row["criterion"]) | {"linestyle": "none", "markersize": 5}
+                    error = [[row["kl"] - row["kl_low"]], [row["kl_high"] - row["kl"]]]
+                    look |= {"label": table.legend.label(row["criterion"]), "capsize": 1.5, "elinewidth": 0.8}
+                    ax.errorbar(places[row["forwards"]] + shift, row["kl"], yerr=np.nan_to_num(error), **look)
+            front = part[(part["kl"] <= part["kl"].cummin()) & ~part.duplicated("forwards")]
+            if len(front):
+                told.append(" → ".join(_point(row, table.legend) for row in front.to_dict("records")))
+                ax.step(front["forwards"].map(places), front["kl"], where="post", color="#999999", linewidth=1, zorder=0)
             ax.set(xlabel="forward passes over the calibration text", title=f"compensation: {kind.replace('_', ' ')}")
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set_xticks(sorted(part["forwards"].unique()), [f"{count:,.4g}" for count in sorted(part["forwards"].unique())])
-            ax.set_yscale("log")
+            ax.set_xticks(range(len(steps)), [f"{count:,.4g}" for count in steps])
+            ax.set(yscale="log", xlim=(-0.5, len(steps) - 0.5))
+            ax.grid(axis="x", visible=False)
+            ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         axes[0, 0].set_ylabel("KL to the dense model, nats (lower is better)")
-        handles = handles_of(axes)
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        _legend(fig, axes, table)
         fig.suptitle(f"{model}: what a recipe costs and what it leaves, {percent(rows['ratio'].iloc[0])} removed", fontsize=10)
-    return closed(fig)
+    return closed(fig, f"From none to many passes, what no cheaper recipe beats: {'; '.join(told)}.")
+
+
+def _point(row: dict, legend: Legend) -> str:
+    return f"{_recipe(row['criterion'], row['compensation'], legend)} ({row['kl']:.2f} nats, {_forwards_words(row['forwards'])})"
+
+
+def _legend(fig: Figure, axes: np.ndarray, table: Table) -> None:
+    handles = handles_of(axes)
+    order = [text for text in map(table.legend.label, table.legend.in_order(table.long["criterion"])) if text in handles]
+    many = len(order) > CROWD
+    ncols = 2 if many or max(map(len, order)) > 25 else 3
+    fig.legend([handles[text] for text in order], order, loc="outside lower center", ncols=ncols, fontsize=7.5 if many else None)
 
 
 def against_ratio_figure(table: Table, model: str) -> Figure:
-    """Draw each recipe's KL as a multiple of HFPrune's against the ratio, with 95 % intervals."""
+    """Draw each recipe's KL as a multiple of HFPrune's with 95 % intervals, against the ratio or, at one, as a list.
+
+    Of a crowd those criteria are drawn against the ratio that have the lowest multiple.
+    """
     rows = table.long[(table.long["model"] == model) & table.long["times"].notna()]
     if rows.empty:
         return message("HFPrune's own recipe was not evaluated beside others: nothing to compare with.")
     kinds = list(dict.fromkeys([NONE, *rows["compensation"]]))
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(kinds), figsize=(1.5 + 4.2 * len(kinds), 4.4), sharey=True, squeeze=False)
-        for ax, kind in zip(axes.flat, kinds, strict=True):
-            part = rows[rows["compensation"] == kind]
-            names = table.legend.in_order(part["criterion"])
-            for index, name in enumerate(names):
-                line = part[part["criterion"] == name].sort_values("ratio")
-                shift = 100 * line["ratio"] + 0.4 * (index - (len(names) - 1) / 2) / max(1, len(names) / 4)
-                error = [line["times"] - line["low"], line["high"] - line["times"]]
-                ax.errorbar(shift, line["times"], yerr=np.nan_to_num(error), label=table.legend.label(name), capsize=2,
-                            elinewidth=0.8, **table.legend.look(name))  # fmt: skip
-            ax.axhline(1, color="black", linewidth=0.8)
-            ax.set(xlabel="parameters removed, %", title=f"compensation: {kind.replace('_', ' ')}", yscale="log")
-        axes[0, 0].set_ylabel("KL / KL of HFPrune's recipe (below 1 is better)")
-        handles = handles_of(axes)
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        draw = _multiples if rows["ratio"].nunique() == 1 else _lines
+        fig = draw(rows, kinds, table)
         fig.suptitle(f"{model}: recipes beside HFPrune's", fontsize=10)
-    return closed(fig)
+    certain = rows[rows["p_holm"] < 1 - intervals.LEVEL]
+    better = int((certain["times"] < 1).sum())
+    best = rows.loc[rows["times"].idxmin()]
+    return closed(
+        fig,
+        f"Of {len(rows)} recipes at all ratios {better} have a lower KL than HFPrune's after Holm's correction and "
+        f"{len(certain) - better} a higher one; the lowest multiple is {best['times']:.2f}, "
+        f"{_recipe(best['criterion'], best['compensation'], table.legend)} at {percent(best['ratio'])}.",
+    )
+
+
+def _lines(rows: pd.DataFrame, kinds: list[str], table: Table) -> Figure:
+    best = rows.groupby("criterion")["times"].min().nsmallest(CROWD).index
+    fig, axes = plt.subplots(1, len(kinds), figsize=(WIDTH, 4.4), sharey=True, squeeze=False)
+    for ax, kind in zip(axes.flat, kinds, strict=True):
+        part = rows[(rows["compensation"] == kind) & rows["criterion"].isin(best)]
+        names = table.legend.in_order(part["criterion"])
+        for index, name in enumerate(names):
+            line = part[part["criterion"] == name].sort_values("ratio")
+            shift = 100 * line["ratio"] + 0.5 * (index - (len(names) - 1) / 2)
+            error = [line["times"] - line["low"], line["high"] - line["times"]]
+            ax.errorbar(shift, line["times"], yerr=np.nan_to_num(error), label=table.legend.label(name), capsize=2,
+                        elinewidth=0.8, **table.legend.look(name))  # fmt: skip
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(xlabel="parameters removed, %", title=f"compensation: {kind.replace('_', ' ')}", yscale="log")
+        ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes[0, 0].set_ylabel("KL / KL of HFPrune's recipe (below 1 is better)")
+    _legend(fig, axes, table)
+    return fig
+
+
+def _multiples(rows: pd.DataFrame, kinds: list[str], table: Table) -> Figure:
+    order = list(rows.groupby("criterion")["times"].min().sort_values().index)
+    size = (WIDTH, 1.2 + 0.17 * len(order))
+    fig, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, sharex=True, squeeze=False)
+    for ax, kind in zip(axes.flat, kinds, strict=True):
+        for row in rows[rows["compensation"] == kind].to_dict("records"):
+            look = table.legend.look(row["criterion"]) | {"linestyle": "none"}
+            error = np.nan_to_num([[row["times"] - row["low"]], [row["high"] - row["times"]]])
+            face = look["color"] if row["p_holm"] < 1 - intervals.LEVEL else "white"
+            ax.errorbar(row["times"], order.index(row["criterion"]), xerr=error, mfc=face, capsize=2, elinewidth=0.8, **look)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set(xscale="log", title=f"compensation: {kind.replace('_', ' ')}", ylim=(len(order) - 0.5, -0.5))
+        ax.set_xlabel("KL / KL of HFPrune's recipe (left is better; filled: after Holm)")
+        ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes[0, 0].set_yticks(range(len(order)), map(table.legend.label, order), fontsize=7.5)
+    return fig
 
 
 def _recipe(criterion: str, compensation: str, legend: Legend) -> str:

@@ -16,15 +16,14 @@ from hfprune_nb import allocations, criteria
 from hfprune_nb.errors import UserError
 from hfprune_nb.families import BASES
 
-# Okabe and Ito's palette, grey, navy and brown: together with markers and dashes told apart with any colour vision, markers
+# Okabe and Ito's palette, wine, navy and brown: together with markers and dashes told apart with any colour vision, markers
 # and dashes alone in grey print. The first three looks are those of the paper's criteria.
-COLOURS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#7F7F7F", "#56B4E9", "#D55E00", "#000080", "#663300")
+COLOURS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#882255", "#56B4E9", "#D55E00", "#000080", "#663300")
 MARKERS = ("s", "^", "o", "D", "X", "v", "P", "*", "<", ">", "p", "h", "d", (4, 1, 0), (3, 1, 0), (6, 1, 0), "8", (5, 1, 36), "H")
 DASHES = ((5, 1.5), (3, 1, 1, 1), (), (1, 1), (1, 2.5), (6, 2, 1, 2), (8, 2))
-HATCHES = ("", "////", "....")
-PAIR_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000080", "#663300")
-PAIR_MARKERS = ("o", "s", "^", "D", "v", "*", "X", "P", "<", ">", "p", "h", "d", (4, 1, 0), (3, 1, 0), (6, 1, 0), "8", "H")
-PAIR_DASHES = ((), (5, 1.5), (3, 1, 1, 1), (1, 1), (6, 2, 1, 2), (2, 2), (8, 2))
+GREYS = ("#222222", "#6E6E6E", "#A6A6A6")  # of what is no criterion
+# Markers from one allocation of a criterion to the next: no criterion that shares the colour comes to share the marker as well.
+ALLOCATION_STEP = 5
 DENSE, DENSE_COLOUR, UNIFORM = "dense", "#000000", "uniform"
 REFERENCE = "entropy"  # the criterion of HFPrune, with which every other one is compared
 STYLE = {
@@ -51,13 +50,15 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 DOTS_PER_INCH = 180
+WIDTH = 7.2  # inches: on a page of 700 pixels the words of a figure are still as high as those around it
+CROWD = len(COLOURS)  # criteria in one figure whose lines an eye can follow
 # Significant digits of written numbers: float32 sums in another order, as on another processor, move the sixth.
 DIGITS = 5
 AXIS_LABELS = {
-    "task": "accuracy, % (higher is better)",
-    "average": "average of tasks, % (higher is better)",
-    "perplexity": "perplexity, log scale (lower is better)",
-    "js": "JS distance to dense (lower is better)",
+    "task": "accuracy, %\n(higher is better)",
+    "average": "average of tasks, %\n(higher is better)",
+    "perplexity": "perplexity, log scale\n(lower is better)",
+    "js": "JS distance to dense\n(lower is better)",
     "kl": "KL to dense, nats (lower is better)",
     "jaccard15": "top-15 Jaccard with dense (higher is better)",
     "top1": "top-1 agreement with dense, % (higher is better)",
@@ -66,22 +67,19 @@ AXIS_LABELS = {
 
 def look(index: int) -> dict:
     """Return colour, marker and dashes of the criterion in place `index` of a study; they repeat after the last marker."""
-    return _look(index, COLOURS, MARKERS, DASHES)
+    index %= len(MARKERS)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index], "linestyle": _dashes(index)}
 
 
-def pair_look(index: int) -> dict:
-    """Return colour, marker and dashes of the pair of criteria in place `index` of a figure."""
-    return _look(index, PAIR_COLOURS, PAIR_MARKERS, PAIR_DASHES)
+def neutral(index: int) -> dict:
+    """Return grey, marker and dashes of what is no criterion, such as an allocation or a batch size."""
+    index %= len(MARKERS)
+    return {"color": GREYS[index % len(GREYS)], "marker": MARKERS[index - 5], "linestyle": _dashes(index + 2)}
 
 
-def _look(index: int, colours: tuple, markers: tuple, dashes: tuple) -> dict:
-    index %= len(markers)
-    dash = dashes[index % len(dashes)]
-    return {
-        "color": colours[index % len(colours)],
-        "marker": markers[index],
-        "linestyle": (0, dash) if dash else "solid",
-    }
+def _dashes(index: int) -> tuple | str:
+    dash = DASHES[index % len(DASHES)]
+    return (0, dash) if dash else "solid"
 
 
 @functools.cache
@@ -108,7 +106,8 @@ class Legend:
         self._criteria = _by_name(criteria, (spec for spec, _ in pairs))
         self._allocations = _by_name(allocations, (spec for _, spec in pairs if spec != UNIFORM))
         names = {series(_name(spec), _name(allocation)) for spec, allocation in pairs}
-        others = [name for name in self.in_order(names) if not self._is_of_paper(name)]
+        alone = dict.fromkeys(name.partition("@")[0] for name in self.in_order(names))
+        others = [name for name in alone if not self._is_of_paper(name)]
         self._places = {name: 3 + index for index, name in enumerate(others)}
 
     def _criterion(self, name: str) -> criteria.Variant:
@@ -182,10 +181,28 @@ class Legend:
         return [pair for pair in itertools.combinations(names, 2) if asked(*pair)]
 
     def look(self, name: str) -> dict:
-        """Return colour, marker and dashes of a criterion, the same in every figure of a study."""
+        """Return colour, marker and dashes of a criterion, the same in every figure of a study.
+
+        Another allocation than the uniform one keeps the colour and gets a marker and dashes of its own.
+        """
         if name == DENSE:
             return {"color": DENSE_COLOUR, "marker": "none", "linestyle": "solid"}
-        return look(self._place(name))
+        criterion, _, allocation = name.partition("@")
+        own = look(self._place(criterion))
+        if not allocation:
+            return own
+        known = sorted(self._allocations)
+        shifted = self._place(criterion) + ALLOCATION_STEP * (1 + known.index(allocation) if allocation in known else 1)
+        return look(shifted) | {"color": own["color"]}
+
+    def pair_look(self, a: str, b: str) -> dict:
+        """Return the look of a pair: that of what is held against entropy or the uniform allocation, neutral of another one."""
+        (left, _, _), (right, _, _) = a.partition("@"), b.partition("@")
+        if left == right:
+            return self.look(max(a, b))
+        if REFERENCE in (left, right):
+            return self.look(b if left == REFERENCE else a)
+        return neutral(self._place(left) + self._place(right))
 
     def forwards(self, name: str, rounds: int = 1, layers: int = 0, windows: int = 1) -> float:
         """Return how many forward passes over the calibration text a criterion and its allocation take, a backward pass as two.
@@ -214,11 +231,6 @@ class Legend:
         """Return the one colour that a criterion has in every figure of a study."""
         return self.look(name)["color"]
 
-    def bar(self, name: str) -> dict:
-        """Return colour and label of a criterion's bars, hatched where the colours repeat."""
-        hatch = "" if name == DENSE else HATCHES[self._place(name) % len(MARKERS) // len(COLOURS)]
-        return {"color": self.colour(name), "label": self.label(name)} | ({"hatch": hatch, "edgecolor": "white"} if hatch else {})
-
 
 def series(criterion: str, allocation: str = UNIFORM) -> str:
     """Return the name of a criterion with an allocation, under which frames and figures know it."""
@@ -229,17 +241,24 @@ def _name(spec: str | dict) -> str:
     return spec if isinstance(spec, str) else spec.get("as") or next(iter(spec))
 
 
-def per_model(name: str, models: Iterable[str], draw: Callable[[str], Figure]) -> dict[str, Figure]:
+def per_model(name: str, models: Iterable[str], draw: Callable[[str], Figure | None]) -> dict[str, Figure]:
     """Return `draw(model)` for each model by file name: `name`, or `name-<model>` where there are several models.
 
-    Without any model the one figure says that nothing was computed.
+    Without any model the one figure says that nothing was computed; a model of which `draw` gives None has no figure.
     """
     models = list(models)
     if not models:
         return {name: message(f"{name.replace('_', ' ')}: this study computed nothing of this kind.")}
-    if len(models) == 1:
-        return {name: draw(models[0])}
-    return {f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}": draw(model) for model in models}
+    names = [f"{name}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}" for model in models] if models[1:] else [name]
+    drawn = zip(names, map(draw, models), strict=True)
+    return {own: figure for own, figure in drawn if figure is not None}
+
+
+def shown(figures: Iterable[Figure]) -> list:
+    """Return figures with the caption of each below it, for IPython's `display`."""
+    from IPython.display import Markdown
+
+    return [part for figure in figures for part in (figure, Markdown(figure.get_label()))]
 
 
 def handles_of(axes) -> dict:
@@ -256,15 +275,19 @@ def message(sentence: str) -> Figure:
     return closed(fig)
 
 
-def closed(fig: Figure) -> Figure:
-    """Return a figure that pyplot has let go of."""
+def closed(fig: Figure, caption: str = "") -> Figure:
+    """Return a figure that pyplot has let go of; its label is the caption, one sentence that says what to see."""
     # A figure that pyplot still holds would be shown twice by a notebook and kept in memory.
     plt.close(fig)
+    fig.set_label(caption)
     return fig
 
 
 def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> list[Path]:
-    """Write `<name>.png`, `<name>.svg` and, given the data behind it, `<name>.csv`; equal figures give equal bytes."""
+    """Write `<name>.png`, `<name>.svg`, its caption as `<name>.txt` and, given the data behind it, `<name>.csv`.
+
+    Equal figures give equal bytes; a figure without a caption has no such file.
+    """
     folder = Path(folder)
     if not name or Path(name).name != name:
         raise UserError(f"figure name {name!r} is not a plain file name: use letters, digits, '-' and '_'")
@@ -273,6 +296,9 @@ def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None)
     with mpl.rc_context(STYLE):
         fig.savefig(written[0], dpi=DOTS_PER_INCH, bbox_inches="tight", metadata={"Software": None})
         fig.savefig(written[1], bbox_inches="tight", metadata={"Date": None})
+    if fig.get_label():
+        written.append(folder / f"{name}.txt")
+        written[-1].write_text(fig.get_label() + "\n", encoding="utf-8")
     if data is not None:
         written.append(folder / f"{name}.csv")
         data.to_csv(written[-1], index=False, float_format=f"%.{DIGITS}g")

@@ -138,7 +138,7 @@ def recovery_figure(table: Table, model: str) -> Figure:
     states = cells[cells["state"].isin(STATES.values())]
     points = list(dict.fromkeys(zip(states["criterion"], states["ratio"], states["compensation"], strict=True)))
     with plt.rc_context(style.STYLE):
-        fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 0.9 + 0.42 * len(points)), sharey=True, squeeze=False)
+        fig, axes = plt.subplots(1, len(names), figsize=(style.WIDTH, 1.1 + 0.42 * len(points)), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names, strict=True):
             part = states[states["column"] == name]
             for height, (criterion, ratio, compensation) in enumerate(points):
@@ -153,12 +153,23 @@ def recovery_figure(table: Table, model: str) -> Figure:
                 ax.set_xscale("log")
                 ax.xaxis.set_major_formatter("{x:g}")
                 ax.xaxis.set_minor_formatter("{x:g}")
-            ax.set_title(part["label"].iloc[0])
+            ax.set_title(part["label"].iloc[0].replace(" without", "\nwithout"), fontsize=9)
             ax.set_xlabel("lower is better" if measure == "perplexity" else "higher is better")
         axes[0][0].set_yticks(range(len(points)), [_point_label(*point, table.legend) for point in points])
         axes[0][0].set_ylim(len(points) - 0.5, -0.5)
         fig.suptitle(f"{model}: hollow untuned, filled tuned")
-    return style.closed(fig)
+    gains = cells[(cells["state"] == GAIN) & (cells["measure"] == "average")].drop_duplicates(
+        ["criterion", "ratio", "compensation"]
+    )
+    if gains.empty:
+        return style.closed(fig)
+    told = [
+        f"{_point_label(row['criterion'], row['ratio'], row['compensation'], table.legend)} by {_in_points(row)}".replace(
+            "\n", ", "
+        )
+        for row in gains.to_dict("records")
+    ]
+    return style.closed(fig, f"Tuning changes the average, in points, of {'; '.join(told)}.")
 
 
 def sentences(table: Table) -> list[str]:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
+import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hfprune_nb.report.results import percent, pruning_facts
-from hfprune_nb.report.style import STYLE, UNIFORM, Legend, closed, look, message
+from hfprune_nb.report.style import STYLE, UNIFORM, WIDTH, Legend, closed, message, neutral
 from hfprune_nb.report.table import ABSENT, Table
 
 WIDTHS = ["model", "ratio", "allocation", "criterion", "seed", "layer", "width", "kept"]
@@ -28,25 +29,34 @@ def widths(pruning_folders: Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=WIDTHS)
 
 
-def widths_figure(frame: pd.DataFrame, model: str, legend: Legend) -> Figure:
-    """Draw the kept fraction by layer at the model's middle ratio, a line for each allocation: mean and range of its models."""
+def widths_figure(frame: pd.DataFrame, model: str, legend: Legend) -> Figure | None:
+    """Draw the kept fraction by layer at the model's middle ratio, a line for each allocation: mean and range of its models.
+
+    None where all widths are uniform.
+    """
     ratios = sorted(frame.loc[frame["model"] == model, "ratio"].unique())
     if not ratios:
         return message("No model was pruned: there are no widths to draw.")
     ratio = ratios[(len(ratios) - 1) // 2]
     part = frame[(frame["model"] == model) & (frame["ratio"] == ratio)]
+    if set(part["allocation"]) == {UNIFORM}:
+        return None
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(7, 3.6))
+        fig, ax = plt.subplots(figsize=(WIDTH, 3.8))
         for index, (allocation, own) in enumerate(part.groupby("allocation", sort=False)):
-            by_layer = own.groupby("layer")["kept"].agg(["mean", "min", "max"])
-            style = look(index)
-            ax.plot(by_layer.index, by_layer["mean"], label=legend.allocation(allocation), markersize=3, **style)
-            ax.fill_between(by_layer.index, by_layer["min"], by_layer["max"], color=style["color"], alpha=0.15, linewidth=0)
+            look = neutral(index) | {"label": legend.allocation(allocation), "markersize": 4, "mec": "none"}
+            seaborn.lineplot(own, x="layer", y="kept", errorbar=("pi", 100), ax=ax, legend=False, **look)
         ax.set(xlabel="layer (0 = first)", ylabel="fraction of neurons kept", ylim=(0, 1.02))
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         ax.set_title(f"{model}, {percent(ratio)} removed: widths by layer\n(mean and range of an allocation's models)")
         fig.legend(loc="outside lower center", ncols=3)
-    return closed(fig)
+    means = part.groupby(["allocation", "layer"])["kept"].mean()
+    (least, low), (most, high) = means.idxmin(), means.idxmax()
+    return closed(
+        fig,
+        f"The narrowest layer is {low} under {legend.allocation(least)}, with {percent(round(means.min(), 3))} of its neurons "
+        f"kept, the widest {high} under {legend.allocation(most)}, with {percent(round(means.max(), 3))}.",
+    )
 
 
 def widths_table(pruning_folders: Iterable[Path], legend: Legend) -> Table:

@@ -16,7 +16,7 @@ class Questions(Stage):
     }
     section = "experiments"
     exported = True
-    version = 2  # variance components, the power plan
+    version = 3  # captions, looks that are those of the criteria; before: variance components, the power plan
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0

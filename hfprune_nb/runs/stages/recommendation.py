@@ -15,6 +15,7 @@ class Recommendation(Stage):
     }
     section = "recommendation"
     exported = True
+    version = 2  # captions, looks that are those of the criteria
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0
