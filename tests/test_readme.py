@@ -3,19 +3,25 @@
 import re
 import subprocess
 import tarfile
+import tomllib
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+import hfprune_nb
 from hfprune_nb.runs import forecast, pages, study
 
 PROJECT = Path(__file__).parent.parent
+WRITTEN = [PROJECT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "tests/README.md")]
 PAGES = {
-    path.relative_to(PROJECT): path.read_text(encoding="utf-8") for path in [PROJECT / "README.md", *PROJECT.glob("docs/*.md")]
+    path.relative_to(PROJECT): path.read_text(encoding="utf-8")
+    for path in [PROJECT / "README.md", *PROJECT.glob("docs/*.md"), *WRITTEN]
 }
 README, STUDIES = PAGES[Path("README.md")], PAGES[Path("docs/studies.md")]
+CONTRIBUTING = PAGES[Path("CONTRIBUTING.md")]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def test_links_and_pictures_exist(page):
 
 
 def test_every_page_of_the_docs_is_linked_from_the_first():
-    assert set(re.findall(r"\((docs/\w+\.md)", README)) == {str(page) for page in PAGES} - {"README.md"}
+    assert set(re.findall(r"\((docs/\w+\.md)", README)) == {str(page) for page in PAGES if page.parent.name == "docs"}
 
 
 def test_studies_and_notebooks_that_are_named_exist():
@@ -84,12 +90,13 @@ def test_studies_and_notebooks_that_are_named_exist():
         assert notebook.stem in named, notebook.stem
 
 
-def test_example_criterion_has_the_gradient_of_its_value():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+@pytest.mark.parametrize(("page", "name"), [(README, "Collision"), (CONTRIBUTING, "Margin")], ids=["README", "CONTRIBUTING"])
+def test_example_criterion_has_the_gradient_of_its_value(page, name):
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     scope = {}
     exec(code, scope)
     logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
-    value, gradient = scope["Collision"]().value_and_gradient(logits)
+    value, gradient = scope[name]().value_and_gradient(logits)
     (expected,) = torch.autograd.grad(value.sum(), logits)
     torch.testing.assert_close(gradient.detach(), expected, rtol=1e-10, atol=1e-14)
 
@@ -98,3 +105,22 @@ def test_example_criterion_has_the_gradient_of_its_value():
 def test_commands_are_makefile_targets(command):
     assert command in README
     assert re.search(rf"^{command.split()[1]}:", (PROJECT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_every_test_file_that_is_listed_exists():
+    table = PAGES[Path("tests/README.md")].partition("## Where things are tested")[2]
+    rows = re.findall(r"^\| [a-z, ]+ \| (.*) \|$", table, flags=re.MULTILINE)
+    names = re.findall(r"`(\w+)`", " ".join(rows))
+    assert len(names) > 50 and all((PROJECT / "tests" / f"test_{name}.py").is_file() for name in names)
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    cited = yaml.safe_load((PROJECT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper = cited["preferred-citation"]
+    assert cited["version"] == hfprune_nb.__version__ and paper["identifiers"][0]["value"] == "arXiv:2603.08083"
+
+
+def test_every_bound_of_a_dependency_has_its_reason():
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounded = [name for name in declared["dependencies"] if re.search("[<>=]", name)]
+    assert bounded and all(f"| `{name}`" in PAGES[Path("docs/pins.md")] for name in bounded)
