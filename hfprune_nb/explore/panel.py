@@ -11,7 +11,6 @@ from hfprune_nb.errors import UserError
 from hfprune_nb.explore.session import Answer, Session
 from hfprune_nb.report import one_prompt
 
-_WIDE = {"width": "100%"}
 _LABEL = {"description_width": "80px"}
 
 
@@ -28,13 +27,15 @@ class Panel:
         prompt: str, new_tokens: int = 12,
     ):  # fmt: skip
         self.session, self._load, self.answer = session, load, None
-        style = {"style": _LABEL, "layout": ipywidgets.Layout(width="420px")}
+        style = {"style": _LABEL, "layout": ipywidgets.Layout(width="400px")}
         late = {"continuous_update": False}
         names = list(dict.fromkeys([session.name, *models.aliases()]))
         self.model = ipywidgets.Combobox(
             value=session.name, options=names, description="Model", placeholder="alias, hub id or folder", **style
         )
-        self.load = ipywidgets.Button(description="Load", tooltip="load this model; scores that are missing take minutes, once")
+        self.load = ipywidgets.Button(
+            description="Load", tooltip="scores that are missing take minutes, once", layout=ipywidgets.Layout(width="70px")
+        )
         self.criteria = ipywidgets.SelectMultiple(description="Criteria", rows=5, **style)
         self.ratio = ipywidgets.FloatSlider(
             ratio, min=0.01, step=0.01, description="Ratio", readout_format=".0%", **late, **style
@@ -42,10 +43,10 @@ class Panel:
         self.allocation = ipywidgets.Dropdown(description="Allocation", **style)
         self.new_tokens = ipywidgets.IntSlider(new_tokens, min=1, max=48, description="New tokens", **late, **style)
         self.prompt = ipywidgets.Textarea(
-            prompt, description="Prompt", rows=3, **late, style=_LABEL, layout=ipywidgets.Layout(**_WIDE)
+            prompt, description="Prompt", rows=3, **late, style=_LABEL, layout=ipywidgets.Layout(width="98%")
         )
         self.status, self.view = ipywidgets.HTML(), ipywidgets.HTML()
-        self.removed = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
+        self.removed = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="98%"))
         self._offer(chosen, allocation)
         self.load.on_click(self._replace)
         for control in (self.criteria, self.ratio, self.allocation, self.new_tokens, self.prompt):
@@ -59,6 +60,7 @@ class Panel:
     def ask(self) -> Answer | None:
         """Show the answer to the controls as they stand, and return it; None where there is none, which `status` explains."""
         session = self.session
+        self._say("…")
         try:
             answer = session.ask(
                 self.prompt.value, list(self.criteria.value), self.ratio.value, self.allocation.value, self.new_tokens.value
@@ -68,11 +70,13 @@ class Panel:
             return None
         gone = {name: plan.neuron_ratio for name, plan in answer.plans.items()}
         table = one_prompt.summary(answer.positions, gone, session.legend)
-        self.view.value = (
-            one_prompt.next_tokens_html(answer.next_tokens, session.legend)
-            + one_prompt.strip_html(answer.positions, answer.written, session.legend)
-            + table.to_html(float_format="%.3g", border=0)
+        parts = (
+            one_prompt.next_tokens_html(answer.next_tokens, session.legend),
+            one_prompt.strip_html(answer.positions, answer.written, session.legend),
+            table.rename_axis(None).to_html(float_format="%.3g", border=0, justify="left"),
         )
+        # Lines of a text widget are as high as its buttons.
+        self.view.value = f'<div style="line-height:1.5">{"".join(parts)}</div>'
         first = next(iter(answer.kept), None)
         figure = one_prompt.removed_figure(answer.kept, session.importance.get(first, []), session.legend)
         figure.savefig(picture := io.BytesIO(), dpi=100)
