@@ -49,7 +49,11 @@ def create(name: str, **settings) -> AllocationRule:
 
 
 def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
-    """Return the variants that `specs` name, in their order; errors as `families.Family.variants`."""
+    """Return the variants that `specs` name, in their order; errors as `families.Family.variants`.
+
+    >>> [(variant.name, variant.settings) for variant in variants(["uniform", {"global": {"floor": 0.3}, "as": "global_30"}])]
+    [('uniform', {}), ('global_30', {'floor': 0.3})]
+    """
     return _FAMILY.variants(specs)
 
 

@@ -113,6 +113,9 @@ def median_interval(values: Iterable[float]) -> dict:
 
     Between the k-th smallest and k-th largest of n values the median lies with probability 1 - 2 P(Binomial(n, 1/2) < k).
     Below six values no such interval reaches 95 %: then it is the whole range, which of three values covers 75 %.
+
+    >>> median_interval([2.0, 1.0, 4.0])
+    {'median': 2.0, 'low': 1.0, 'high': 4.0, 'coverage': 0.75}
     """
     ordered = sorted(values)
     count, chosen = len(ordered), 0

@@ -86,7 +86,11 @@ def register(criterion: type[Criterion]) -> type[Criterion]:
 
 
 def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
-    """Return the variants that `specs` name, in their order; errors as `families.Family.variants`."""
+    """Return the variants that `specs` name, in their order; errors as `families.Family.variants`.
+
+    >>> [variant.label for variant in variants(["entropy", {"self_distillation": {"alpha": 0.4}, "as": "sd_40"}])]
+    ['Entropy (HFPrune)', 'Self-distillation (alpha 0.4)']
+    """
     return _FAMILY.variants(specs)
 
 

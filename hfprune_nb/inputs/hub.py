@@ -38,6 +38,9 @@ def repository(name: str) -> str:
     """Return the hub repository that a model, corpus or data name leads to; empty for what is local or the kit's own.
 
     A folder of adapters leads to that of their base model.
+
+    >>> repository("c4"), repository("smollm2-135m"), repository("OWNER/NAME:en")
+    ('allenai/c4', '', 'OWNER/NAME')
     """
     if place := next((place for place in (Path(name).expanduser(), paths.project() / name) if name and place.exists()), None):
         return repository(adapter_base(place))

@@ -145,6 +145,9 @@ def importance_lost(importance, widths: list[int]) -> list[float]:
     """Return for each layer the fraction of its importance that is lost with all but its `widths` most important neurons.
 
     importance : (neurons,) for each layer; neurons without positive importance count nothing.
+
+    >>> importance_lost([[0.5, 0.25, 0.25]], [2])
+    [0.25]
     """
     kept = kept_neurons(importance, widths)
     rows = [torch.as_tensor(row).double().clamp(min=0) for row in importance]
@@ -156,6 +159,9 @@ def kept_neurons(importance, width_after: list[int]) -> list[torch.Tensor]:
 
     importance : (neurons,) for each layer, higher = keep; of equals, the one with the lower index is removed first. Raises
     UserError when it holds NaN or is the same everywhere in a layer.
+
+    >>> kept_neurons([[0.3, 0.1, 0.2], [1.0, 2.0, 3.0]], [2, 1])
+    [tensor([0, 2]), tensor([2])]
     """
     rows = check_importance(importance)
     orders = (torch.argsort(row, stable=True) for row in rows)

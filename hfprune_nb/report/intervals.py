@@ -238,7 +238,11 @@ def estimate(values: np.ndarray, weights: np.ndarray | None = None, groups: list
 
 
 def holm(p_values) -> np.ndarray:
-    """Return Holm's step-down adjusted p-values in the given order; NaN stays NaN and does not count in the family."""
+    """Return Holm's step-down adjusted p-values in the given order; NaN stays NaN and does not count in the family.
+
+    >>> holm([0.01, 0.04, 0.03, float("nan")])
+    array([0.03, 0.06, 0.06,  nan])
+    """
     p_values = np.asarray(p_values, dtype=float)
     adjusted = np.full(p_values.shape, np.nan)
     known = np.flatnonzero(~np.isnan(p_values))

@@ -96,7 +96,11 @@ def device(parameters: dict) -> str:
 
 
 def makespan(seconds: dict[str, float], depends_on: dict[str, tuple[str, ...]], workers: int) -> float:
-    """Return when the last of the jobs ends, if `workers` always take the first ready one in the given order."""
+    """Return when the last of the jobs ends, if `workers` always take the first ready one in the given order.
+
+    >>> makespan({"score": 2.0, "prune": 1.0, "dense": 3.0}, {"score": (), "prune": ("score",), "dense": ()}, workers=2)
+    3.0
+    """
     waiting, ended, running, now = dict(seconds), {}, [], 0.0
     while waiting or running:
         ready = [name for name in waiting if all(other in ended or other not in seconds for other in depends_on[name])]
@@ -149,7 +153,11 @@ def total(needs: dict[str, Need], depends_on: dict[str, tuple[str, ...]], worker
 
 
 def in_words(hours: float) -> str:
-    """Return a duration that a person reads at a glance: minutes below two hours, hours below two days, else days."""
+    """Return a duration that a person reads at a glance: minutes below two hours, hours below two days, else days.
+
+    >>> [in_words(hours) for hours in (0.5, 3.2, 72)]
+    ['30 min', '3 h', '3.0 days']
+    """
     if hours < 2:
         return f"{60 * hours:.0f} min"
     return f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.{int(hours < 240)}f} days"
