@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,16 @@ def test_first_cell_says_what_it_is_about(path):
     assert first["cell_type"] == "markdown" and text.startswith(f"# {path.stem[:2]} ")
     for word in ("**Question.**", "**Paper.**", "**Inputs.**", "**Outputs.**", "**Cost.**"):
         assert word in text, f"the first cell does not give its {word}"
+
+
+@every_notebook
+def test_first_cell_leads_to_the_neighbours(path):
+    """In reading order; an export makes plain words of a link whose notebook it lacks."""
+    place, links = NOTEBOOKS.index(path), source(cells(path)[0]).splitlines()[-1]
+    before, after = NOTEBOOKS[:place][-1:], NOTEBOOKS[place + 1 :][:1]
+    expected = [f"({neighbour.name})" for neighbour in (*before, *after)]
+    assert re.findall(r"\(\w+\.ipynb\)", links) == expected
+    assert links.startswith("←") == bool(before) and links.endswith("→") == bool(after)
 
 
 @every_notebook
