@@ -252,7 +252,7 @@ def _display(long: pd.DataFrame, legend: Legend) -> pd.DataFrame:
         shown["A - B"] = f"{legend.label(row['a'])} - {legend.label(row['b'])}"
         shown |= {heading: _deviation(row, kind) for kind, heading in KINDS.items()}
         shown |= {"Seeds": str(row["n_seeds"]), "Items": f"{row['n_items']:.4g}"}
-        rows.append(shown | {"Part of the seeds": ABSENT if pd.isna(row["seed_share"]) else f"{row['seed_share']:.0%}"})
+        rows.append(shown | {"Part of the seeds": ABSENT if pd.isna(row["seed_share"]) else f"{100 * row['seed_share']:.0f} %"})
     names = ["Model", "Measure", "Ratio", "A - B", *KINDS.values(), "Seeds", "Items"]
     frame = pd.DataFrame(rows, columns=[*names, "Part of the seeds"])
     return frame.drop(columns=[] if len(models) > 1 else ["Model"])

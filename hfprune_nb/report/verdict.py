@@ -156,14 +156,12 @@ def _advice_on(model: str, rows: pd.DataFrame, criterion: Table) -> str:
         return f"Take {legend.label(left[0])} {where}: every other criterion is worse on some measure and it is on none."
     cheapest = [name for name in left if legend.forwards(name) == min(map(legend.forwards, left))]
     worse = [legend.label(name) for name in compared if name not in left]
-    names = _listed([legend.label(name) for name in left])
     besides = f"; leave {_listed(worse)}" if worse else ""
+    told = f"Take {_listed(list(map(legend.label, cheapest)), 'or')} {where}"
     if len(cheapest) == len(left):
-        return f"Take any of {names} {where}: this study cannot tell them apart, and they cost the same to score{besides}."
-    return (
-        f"Take {_listed(list(map(legend.label, cheapest)), 'or')} {where}, the cheapest to score of {names}, which this study "
-        f"cannot tell apart{besides}."
-    )
+        return f"{told}: this study cannot tell them apart, and they cost the same to score{besides}."
+    names = _listed([legend.label(name) for name in left])
+    return f"{told}, the cheapest to score of {names}, which this study cannot tell apart{besides}."
 
 
 def _listed(names: list[str], word: str = "and") -> str:

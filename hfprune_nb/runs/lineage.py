@@ -40,7 +40,7 @@ def cost_sentence(artifacts: Iterable[Artifact]) -> str:
     artifacts = list(artifacts)
     spent = hours(artifacts)
     total = sum(spent.values())
-    parts = ", ".join(f"{each / total:.0%} {stage}" for stage, each in spent.items() if each > 0.05 * total)
+    parts = ", ".join(f"{100 * each / total:.0f} % {stage}" for stage, each in spent.items() if each > 0.05 * total)
     return f"By the kit's measured rates this takes {forecast.in_words(total)}, one job after another ({parts})."
 
 
