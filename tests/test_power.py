@@ -22,7 +22,8 @@ COSTS = power.Costs(
 
 
 def asked(seed=0.02, item=(1.0,), rest=(2.0,), most=10_000, family=1, costs=COSTS):
-    return power.Question(power.Variances(seed, np.array(item), np.array(rest)), costs, (), np.full(len(item), most), family)
+    variances = power.Variances(seed, np.array(item), np.array(rest))
+    return power.Question(variances, 4 * seed, costs, (), np.full(len(item), most), family)
 
 
 def found_in(question, design, detect, draws=1500):
@@ -73,6 +74,18 @@ def test_seeds_alone_cannot_replace_items_nor_items_seeds():
     assert asked(item=(1.0,), most=20).cheapest(0.1) is None
     assert asked(seed=1.0, most=100_000).cheapest(0.5)[0] > (2.8 / 0.5) ** 2
     assert asked(seed=1.0).seeds_for(0.5) > (2.8 / 0.5) ** 2
+
+
+def test_a_prudent_design_takes_more_seeds():
+    question = asked()
+    assert question.prudent().cheapest(0.3)[0] > question.cheapest(0.3)[0]
+
+
+def test_the_prudent_variance_is_above_the_true_one_in_four_of_five_studies():
+    by_seed = np.random.default_rng(3).normal(0, 0.5, (4000, 3, 3))  # studies, criteria, seeds
+    pairs = [by_seed[:, a] - by_seed[:, b] for a, b in ((0, 1), (0, 2), (1, 2))]
+    spread = np.mean([pair.var(axis=-1, ddof=1) for pair in pairs], axis=0)
+    assert np.mean(power.spread_limit(spread, (3 - 1) * (3 - 1)) > 2 * 0.5**2) == pytest.approx(0.8, abs=0.02)
 
 
 def test_variances_are_those_of_the_study(tmp_path):

@@ -7,13 +7,14 @@ Variances are means over the pairs of criteria at one ratio, of each task on its
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from scipy import stats
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import intervals
@@ -27,6 +28,7 @@ DETECT = {measure: MARGINS[measure] for measure in ("average", "perplexity", "js
 MOST_SEEDS = 2000
 MOST_WINDOWS = 20_000
 FEWEST_TASKS = 3
+PRUDENCE = 0.8
 FIELDS = ("model", "ratio", "column", "measure", "detect", "design", "tasks", "seeds", "items", "detectable", "hours")
 
 
@@ -70,13 +72,21 @@ class Costs:
 
 @dataclass(frozen=True)
 class Question:
-    """One measure at one ratio: what its differences vary by, which tasks it has, how many items there are, what it costs."""
+    """One measure at one ratio: what its differences vary by, which tasks it has, how many items there are, what it costs.
+
+    most_seed : the upper limit of the variance of a seed, one-sided at `PRUDENCE`, from the chi-square of all pairs together.
+    """
 
     variances: Variances
+    most_seed: float
     costs: Costs
     tasks: tuple[str, ...]
     available: np.ndarray
     family: int
+
+    def prudent(self) -> "Question":
+        """Return the same question if seeds vary as much as this study leaves possible."""
+        return replace(self, variances=replace(self.variances, seed=self.most_seed))
 
     def taken(self, n: float) -> np.ndarray:
         """Return how many items of each group a limit of `n` takes."""
@@ -131,7 +141,7 @@ def question(
     at = (results.models["model"] == model) & np.isclose(results.models["ratio"], ratio)
     names = results.legend.compared(results.models.loc[at, "criterion"])
     frames = {name: sample(results, column, model, name, ratio) for name in names}
-    seeds, items, rests = [], [], []
+    between, noise, items, rests = [], [], [], []
     for b, a in results.legend.pairs(names):
         if any(frames[side].empty or not np.isfinite(frames[side]["value"]).all() for side in (a, b)):
             continue
@@ -142,17 +152,26 @@ def question(
         if (sizes < 2).any():
             continue
         rest = of_rest / (sizes - 1) / (paired.n_seeds - 1) / len(sizes) ** 2
-        seeds.append(per_seed.var(ddof=1) - (rest / sizes).sum())
+        between.append(per_seed.var(ddof=1))
+        noise.append((rest / sizes).sum())
+        free = (paired.n_seeds - 1) * (len(names) - 1)
         items.append(of_items / (sizes - 1) / len(sizes) ** 2 - rest / paired.n_seeds)
         rests.append(rest)
-    if not seeds:
+    if not between:
         return None
-    found = Variances(max(np.mean(seeds), 0), np.maximum(np.mean(items, axis=0), 0), np.mean(rests, axis=0))
+    spread, rest = np.mean(between), np.mean(noise)
+    most_seed = max(spread_limit(spread, free) - rest, 0.0)
+    found = Variances(max(spread - rest, 0.0), np.maximum(np.mean(items, axis=0), 0), np.mean(rests, axis=0))
     # Groups are those of the frame in the order of their names.
     tasks = tuple(sorted(column.tasks))
     facts = results.tasks[results.tasks["model"] == model].set_index("task")
     known = [facts.loc[task, ["available", "items", "evaluated"]].dropna().iloc[0] for task in tasks]
-    return Question(found, costs, tasks, np.array(known or [most], dtype=float), family or len(seeds))
+    return Question(found, most_seed, costs, tasks, np.array(known or [most], dtype=float), family or len(between))
+
+
+def spread_limit(spread: float, free: int) -> float:
+    """Return the upper limit, one-sided at `PRUDENCE`, of a variance that was measured with `free` degrees of freedom."""
+    return spread * free / stats.chi2.ppf(1 - PRUDENCE, free)
 
 
 def fewer_tasks(results: Results, model: str, ratio: float, column: Column, costs: Costs, detect: float, **options):
@@ -185,8 +204,8 @@ def power_table(
     """Return for each measure the study as it is and the cheapest design that finds `detect` (measure -> difference).
 
     costs : model -> `Costs`; of other models nothing is said. ratio : 0 takes each model's middle one. family, most : as in
-    `question`. `long` has the columns FIELDS; `design` is today, cheapest, fewer tasks (an average's) or whole test sets. Raises
-    UserError for a ratio without a pruned model.
+    `question`. `long` has the columns FIELDS; `design` is today, cheapest, prudent, fewer tasks (an average's) or whole test
+    sets. Raises UserError for a ratio without a pruned model.
     """
     rows = []
     for model in [name for name in results.model_names if name in costs] if results else ():
@@ -207,7 +226,9 @@ def power_table(
         "Designs that find the difference with 80 % chance by the kit's own test, at Holm's strictest level over the pairs of "
         "criteria at one ratio; hours by measured rates for the criteria that are compared, at one ratio and for this measure "
         "alone. Items are windows of one corpus, or the limit on items of each task; there may be fewer. The variances are those "
-        "that this study measured, means over pairs: few seeds measure them badly, so look again when some new ones are done.",
+        "that this study measured, means over pairs.",
+        f"Prudent: the cheapest design if seeds vary by the upper limit ({percent(PRUDENCE)}, one-sided) of what this study "
+        "leaves possible. Few seeds measure that badly: look again when some new ones are done.",
         "Fewer tasks: another average, in which criteria may differ by more or by less, of tasks whose variances came out small, "
         "some by chance. Whole test sets: with all items of each task.",
     )
@@ -233,7 +254,9 @@ def _today(results: Results, model: str, ratio: float, column: Column) -> tuple[
 
 
 def _designs(asked: Question, detect: float, today: tuple[int, int]) -> list[dict]:
+    wary = asked.prudent()
     rows = [_design("today", asked, today, detect), _design("cheapest", asked, asked.cheapest(detect), detect)]
+    rows.append(_design("prudent", wary, wary.cheapest(detect), detect))
     if asked.tasks:
         seeds = asked.seeds_for(detect)
         rows.append(_design("whole test sets", asked, (seeds, int(asked.available.max())) if seeds else None, detect))
@@ -296,6 +319,8 @@ def power_sentence(table: Table, model: str) -> str:
             if pd.isna(best["hours"])
             else f"takes {best['seeds']:.0f} seeds, {best['items']:.0f} items and {best['hours']:.3g} hours"
         )
+        wary = part.loc[part["design"] == "prudent", "hours"].iloc[0]
+        takes += f", {wary:.3g} to be prudent" if wary > best["hours"] else ""
         parts.append(f"{today['detectable']:.{digits}f} {unit} can be found today, {best['detect']:g} {takes}")
     return f"{model} at {percent(rows['ratio'].iloc[0])}: {'; '.join(parts)}."
 
