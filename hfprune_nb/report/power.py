@@ -5,6 +5,8 @@ degrees of freedom; its detectable difference is that of the kit's own test at 8
 Variances are means over the pairs of criteria at one ratio, of each task on its own, 0 where the moments are negative.
 """
 
+import bisect
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -106,16 +108,14 @@ class Question:
         """Return the seeds and items that find `detect` for the fewest hours, or None where all items and seeds do not."""
         best, most = None, int(self.available.max())
         for seeds in _steps(2, MOST_SEEDS):
-            if best and self.hours(seeds, 2) >= self.hours(*best):
+            sizes = range(2, most + 1)
+            if best:
+                sizes = sizes[: bisect.bisect_left(sizes, self.hours(*best), key=functools.partial(self.hours, seeds))]
+            if not sizes:
                 break
-            if self.detectable(seeds, most) > detect:
-                continue
-            few, enough = 2, most
-            while few < enough:
-                middle = (few + enough) // 2
-                few, enough = (few, middle) if self.detectable(seeds, middle) <= detect else (middle + 1, enough)
-            if best is None or self.hours(seeds, enough) < self.hours(*best):
-                best = (seeds, enough)
+            if self.detectable(seeds, sizes[-1]) <= detect:
+                # A larger one finds less.
+                best = (seeds, sizes[bisect.bisect_left(sizes, -detect, key=lambda n, seeds=seeds: -self.detectable(seeds, n))])
         return best
 
     def seeds_for(self, detect: float) -> int | None:
@@ -329,8 +329,8 @@ def frontier(asked: Question, reach: float) -> pd.DataFrame:
     """Return the designs than which no cheaper one finds as much: seeds, items, hours, detectable, down to `reach`."""
     most, last = int(asked.available.max()), asked.cheapest(reach)
     top = asked.hours(*last) if last else asked.hours(MOST_SEEDS, most)
-    sizes = sorted({int(n) for n in np.geomspace(4, most, 24)})
-    designs = [(seeds, n, asked.hours(seeds, n)) for seeds in _steps(2, MOST_SEEDS) for n in sizes]
+    sizes, seeds = sorted({int(n) for n in np.geomspace(4, most, 14)}), list(_steps(2, MOST_SEEDS))
+    designs = [(s, n, asked.hours(s, n)) for s in seeds[:10] + seeds[10::3] for n in sizes]
     rows = [(*design, asked.detectable(*design[:2])) for design in designs if design[2] <= top]
     frame = pd.DataFrame(rows, columns=["seeds", "items", "hours", "detectable"]).sort_values(["hours", "detectable"])
     return frame[frame["detectable"] < frame["detectable"].cummin().shift(fill_value=np.inf)]
