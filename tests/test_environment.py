@@ -244,3 +244,9 @@ def test_a_module_answers_to_its_short_name():
     assert calibration is same and callable(scoring.score) and callable(stage.start)
     with pytest.raises(AttributeError, match="nothing_like_this"):
         _ = hfprune_nb.nothing_like_this
+
+
+@pytest.mark.parametrize("name", ["hfprune_nb", "hfprune_nb.cli"])
+def test_the_command_line_is_a_module(name):
+    said = subprocess.run([sys.executable, "-m", name, "--help"], capture_output=True, text=True, timeout=100)
+    assert said.returncode == 0 and said.stdout.startswith("usage: hfprune ")
