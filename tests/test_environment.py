@@ -32,7 +32,7 @@ ALLOWED = {  # who may ask whom: the ground floor knows nobody, the measures kno
     "method": {"criteria", "allocations", "inputs", "models"},
     "measure": {"inputs", "models"},
     "cost": {"criteria", "inputs", "models", "method"},
-    "runs": {"criteria", "allocations", "inputs.hub"},
+    "runs": {"criteria", "allocations", "inputs.hub", "inputs.shares"},  # of inputs, what is known before they are read
     "report": {"criteria", "allocations"},
     "explore": {"criteria", "allocations", "inputs", "models", "method", "measure", "runs", "report"},
     "cli": {"criteria", "allocations", "inputs", "models", "method", "measure", "cost", "runs", "report"},
