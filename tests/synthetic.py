@@ -58,8 +58,10 @@ def evaluation(folder: Path, criterion="dense", ratio=0.0, seed=None, model="smo
     for task, metric in tasks.items():
         difficulty = shared.random(n_items)
         right = difficulty * (0.9 - 0.6 * damage) + 0.1 > own.random(n_items) * 0.5 + 0.25
-        rows += [(task, doc, f"hash{doc}", metric, float(value)) for doc, value in enumerate(right)]
-    pd.DataFrame(rows, columns=["task", "doc_id", "doc_hash", "metric", "value"]).to_parquet(folder / "items.parquet")
+        told = _choices(own.spawn(1)[0], 2 if metric == "acc" else 4, right, damage)
+        rows += [(task, doc, f"hash{doc}", metric, float(value), *told[doc]) for doc, value in enumerate(right)]
+    columns = ["task", "doc_id", "doc_hash", "metric", "value", "loglikelihoods", "characters", "bytes", "right"]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / "items.parquet")
     windows = pd.DataFrame({"corpus": ["c4"] * 30 + ["wikitext"] * 30, "window": [*range(30)] * 2})
     nll = 511 * (3 + 0.3 * shared.normal(size=60) + 6 * damage + 0.03 * own.normal(size=60))
     windows.assign(tokens=511, nll=nll).to_parquet(folder / "perplexity.parquet")
@@ -74,6 +76,15 @@ def evaluation(folder: Path, criterion="dense", ratio=0.0, seed=None, model="smo
     fidelity.to_parquet(folder / "fidelity.parquet")
     _next_tokens(own, damage).to_parquet(folder / "next_tokens.parquet")
     return folder
+
+
+def _choices(own, count, right, damage):
+    """Return log-likelihoods, characters, bytes and the right place for each item, of which the best one is as `right` says."""
+    by_character = np.sort(own.normal(-1 - damage, 0.2, (len(right), count)))
+    place = np.arange(len(right)) % count
+    best = np.where(right, place, (place + 1) % count)
+    by_character = np.stack([np.roll(row, 1 + top) for row, top in zip(by_character, best, strict=True)])
+    return [(10 * row, [10] * count, [11] * count, where) for row, where in zip(by_character, place, strict=True)]
 
 
 def _next_tokens(own, damage):

@@ -28,6 +28,7 @@ from hfprune_nb.inputs.benchmarks import BENCHMARKS
 from hfprune_nb.measure import distributed, evaluation, fidelity, tasks
 from hfprune_nb.measure import harness as harness_module
 from hfprune_nb.measure.harness import Row, SharedPrefixLM
+from hfprune_nb.report import choices
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-3  # absolute, in nats of a whole continuation; float32 sums in another order differ by about 1e-5
@@ -312,7 +313,11 @@ def test_items_equal_the_stock_model(tiny_alias):
         for s in samples
         for metric in ("acc", "acc_norm")
     )
-    pd.testing.assert_frame_equal(items, expected, check_dtype=False)
+    pd.testing.assert_frame_equal(items[expected.columns], expected, check_dtype=False)
+    told = choices.measures(items)
+    np.testing.assert_array_equal(told["chosen"] == told["right"], items["value"] == 1)
+    theirs = [[likelihood for likelihood, _ in s["filtered_resps"]] for s in samples for _ in ("acc", "acc_norm")]
+    np.testing.assert_allclose(np.stack(items["loglikelihoods"]), theirs, rtol=0, atol=TOLERANCE)
     assert protocol["smoke_choice"] == {"metric": "acc_norm", "shots": 0, "version": 1.0, "items": 24, "source": "local"}
     assert skipped == {}
 
@@ -327,7 +332,7 @@ def test_a_limit_takes_the_first_items(tiny_alias):
 
 def test_no_task_gives_an_empty_table(tiny_alias):
     items, protocol, _ = evaluation.benchmark_items(*tiny_alias, [])
-    assert items.columns.tolist() == ["task", "doc_id", "doc_hash", "metric", "value"] and items.empty and protocol == {}
+    assert items.columns.tolist() == evaluation.ITEM_COLUMNS and items.empty and protocol == {}
 
 
 @pytest.mark.parametrize(

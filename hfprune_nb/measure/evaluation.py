@@ -21,7 +21,7 @@ from hfprune_nb.measure.tasks import METRICS, describe, load_tasks, shown_metric
 from hfprune_nb.models import Head, check_context, check_tokens, context_length, final_hidden, head, weights_digest
 from hfprune_nb.progress import bar
 
-ITEM_COLUMNS = ["task", "doc_id", "doc_hash", "metric", "value"]
+ITEM_COLUMNS = ["task", "doc_id", "doc_hash", "metric", "value", "loglikelihoods", "characters", "bytes", "right"]
 FEWSHOT_SEED = 1234  # lm-eval's default
 PROMPTS = (
     "The capital of France is",
@@ -119,9 +119,9 @@ def benchmark_items(
     task (0 = all); metric : which of a task's metrics its tables show, as in `tasks.shown_metric`; scratch : a folder in which
     finished tasks are kept, so that a run with the same arguments that was killed goes on with the next task. In a
     `torch.distributed` process group each process answers every n-th item, and only the first gets and keeps them all. Returns
-    one row per item and metric (task, doc_id, doc_hash, metric, value), the protocol of each task (metric, shots, version,
-    number of items in all, source), and a sentence for each skipped task. Raises UserError for an unknown task or metric, and a
-    scratch folder of another run.
+    one row per item and metric (task, doc_id, doc_hash, metric, value, and what `_choices` says of a multiple choice), the
+    protocol of each task (metric, shots, version, number of items in all, source), and a sentence for each skipped task. Raises
+    UserError for an unknown task or metric, and a scratch folder of another run.
     """
     _check_positive(batch_size=batch_size)
     if limit < 0:
@@ -175,8 +175,26 @@ def _task_items(language_model, name: str, task: Task, limit: int) -> pd.DataFra
         # A task that reads written answers in several ways has every item once per way.
         way = "" if sample["filter"] == "none" else f",{sample['filter']}"
         values = {metric: sample[metric] for metric in sample["metrics"] if np.isscalar(sample[metric])}
-        rows += [(name, sample["doc_id"], sample["doc_hash"], metric + way, float(value)) for metric, value in values.items()]
+        item, choices = (name, sample["doc_id"], sample["doc_hash"]), _choices(task, sample)
+        rows += [(*item, metric + way, float(value), *choices) for metric, value in values.items()]
     return pd.DataFrame(rows, columns=ITEM_COLUMNS)
+
+
+def _choices(task: Task, sample: dict) -> tuple[list[float] | None, list[int] | None, list[int] | None, int]:
+    """Return what a model says to the choices of an item: log-likelihoods in nats, their lengths, and which is right.
+
+    Lengths are those by which the harness divides: characters (`acc_norm`) and bytes of the choices as the task gives them. The
+    right one is -1 where a task has several or a score of its own, and in tasks that are no multiple choice, which have no lists.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None, None, None, -1
+    choices = task.doc_to_choice(sample["doc"])
+    right = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+    right = choices.index(right) if right in choices else right
+    single = isinstance(right, int) and right in range(len(choices)) and not callable(task.config.process_results)
+    # Mutual information asks for the choices without their question as well, after those with it.
+    likelihoods = [float(likelihood) for likelihood, _ in sample["filtered_resps"][: len(choices)]]
+    return likelihoods, [*map(len, choices)], [len(choice.encode()) for choice in choices], right if single else -1
 
 
 def _check_positive(**values: int) -> None:

@@ -23,7 +23,7 @@ from scipy import stats
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
-from hfprune_nb.report.results import Results, columns, percent, sample
+from hfprune_nb.report.results import Results, choice_columns, columns, percent, sample
 from hfprune_nb.report.style import DENSE, STYLE, WIDTH, Legend, closed, message, neutral
 from hfprune_nb.report.table import ABSENT, Table, digits_of, measure_label
 
@@ -119,7 +119,7 @@ def components_table(results: Results | None) -> Table:
     rows = []
     for model in results.model_names if results else ():
         of_model = results.models[(results.models["model"] == model) & (results.models["criterion"] != DENSE)]
-        measured = [column for column in columns(results, model) if column.measure in MEASURED]
+        measured = [column for column in columns(results, model) if column.measure in MEASURED] + choice_columns(results, model)
         for column, ratio in itertools.product(measured, sorted(of_model["ratio"].unique())):
             names = of_model.loc[of_model["ratio"] == ratio, "criterion"]
             frames = {name: sample(results, column, model, name, ratio) for name in results.legend.compared(names)}

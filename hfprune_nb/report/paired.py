@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
-from hfprune_nb.report.results import LOWER_IS_BETTER, MARGINS, Results, columns, percent, sample
+from hfprune_nb.report.results import LOWER_IS_BETTER, MARGINS, Results, choice_columns, columns, percent, sample
 from hfprune_nb.report.style import CROWD, DENSE, REFERENCE, STYLE, WIDTH, Legend, closed, message
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, digits_of, format_difference, format_p, measure_label
 
@@ -37,6 +37,7 @@ PAIRED = [
 
 EXCLUDED = "≈"
 SIZES = {"average": "points", "perplexity": "nats of log-perplexity", "js": "of JS distance", "kl": "nats of KL"}
+MEASURED = ("average", "perplexity", "js", "kl")
 PAIRED_DISPLAY = [
     "Model",
     "Measure",
@@ -54,10 +55,11 @@ PAIRED_DISPLAY = [
 ]
 
 
-def paired_table(results: Results, margins: dict[str, float] = MARGINS) -> Table:
+def paired_table(results: Results, margins: dict[str, float] = MARGINS, of_choices: bool = False) -> Table:
     """Return the differences A - B of the pairs in `Legend.pairs` by ratio, paired on the same items and calibration seeds.
 
-    Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL. `p` is over seeds and items,
+    Measures: average of the tasks (points), log-perplexity (nats per token), JS and KL; `of_choices` those of
+    `results.choice_columns` instead. `p` is over seeds and items,
     `p_holm` its Holm adjustment over all pairs and ratios of one measure on one model, `p_items` over items for these seeds
     (`intervals.paired_difference`); all three test the difference that is printed. `seed_share` is the part of the seeds in
     the variance, `detectable` the true difference that would be found with 80 % chance, `detectable_holm` that at Holm's
@@ -68,7 +70,8 @@ def paired_table(results: Results, margins: dict[str, float] = MARGINS) -> Table
     rows = []
     for model in results.model_names:
         of_model = results.models[(results.models["model"] == model) & (results.models["criterion"] != DENSE)]
-        compared = [c for c in columns(results, model) if c.measure in ("average", *LOWER_IS_BETTER)]
+        headline = [column for column in columns(results, model) if column.measure in MEASURED]
+        compared = choice_columns(results, model) if of_choices else headline
         for column, ratio in itertools.product(compared, sorted(of_model["ratio"].unique())):
             for b, a in results.legend.pairs(of_model.loc[of_model["ratio"] == ratio, "criterion"]):
                 sides = [sample(results, column, model, criterion, ratio) for criterion in (a, b)]
@@ -91,8 +94,8 @@ def paired_table(results: Results, margins: dict[str, float] = MARGINS) -> Table
     notes = [
         "Differences A - B are paired on the same items and calibration seeds; interval and p are over both, with the degrees of "
         "freedom of the seeds for their part of the variance and those of the items for the rest (Behrens and Fisher). Averages "
-        "in points, perplexity as difference of log-perplexity in nats per token, JS and KL in their own units; lower is better "
-        "for all but averages.",
+        "and probabilities in points, perplexity as difference of log-perplexity in nats per token, all else in its own unit; "
+        "higher is better for averages, probabilities and log-probabilities.",
         f"Holm's correction is over the {families.max() if len(families) else 0} comparisons (pairs x ratios) of one "
         f"measure on one model. {intervals.FAMILY_ERROR} "
         "The items p-value holds for these calibration seeds only, Student's t over items of the difference "
@@ -107,8 +110,9 @@ def paired_table(results: Results, margins: dict[str, float] = MARGINS) -> Table
     if long.empty:
         notes.insert(0, "Fewer than two criteria were evaluated at the same ratio: nothing to compare.")
     display = _paired_display(long, len(results.model_names) > 1, results.legend)
-    title = "Paired differences between criteria (measured)"
-    return Table("paired", title, long, display, (*notes, *_family_notes(long), protocol_note(results)), results.legend)
+    name, what = ("paired_choices", " in what their choices tell") if of_choices else ("paired", "")
+    title = f"Paired differences between criteria{what} (measured)"
+    return Table(name, title, long, display, (*notes, *_family_notes(long), protocol_note(results)), results.legend)
 
 
 def margins_in_words(margins: dict[str, float] = MARGINS) -> str:

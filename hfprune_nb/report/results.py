@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import by_layer
-from hfprune_nb.report import intervals
+from hfprune_nb.report import choices, intervals
 from hfprune_nb.report.style import DENSE, UNIFORM, Legend, series
 
 NO_ACCURACY = "pct_stereotype"
@@ -25,14 +25,16 @@ MEASURES = {
     "kl": "KL",
     "jaccard15": "top-15 Jaccard",
     "top1": "top-1 agreement",
+    **choices.MEASURES,
 }
-UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "jaccard15": "", "top1": "%"}
+UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "jaccard15": "", "top1": "%", **choices.UNITS}
 
 # What no value can leave, so that no interval does.
 LIMITS = {"task": (0, 100), "average": (0, 100), "js": (0, 1), "kl": (0, np.inf), "jaccard15": (0, 1), "top1": (0, 100)}
+LIMITS |= choices.LIMITS
 # Differences that are too small to matter: points, nats per token, JS distance, nats.
 MARGINS = {"average": 0.5, "perplexity": 0.01, "js": 0.003, "kl": 0.01}
-LOWER_IS_BETTER = ("perplexity", "js", "kl")
+LOWER_IS_BETTER = ("perplexity", "js", "kl", "bits_per_byte")
 FRAME_NAMES = {"items": "benchmark tasks", "perplexity": "perplexity", "fidelity": "fidelity to the dense model"}
 KEYS = ["model", "criterion", "ratio", "seed"]
 COLUMNS = {
@@ -41,6 +43,8 @@ COLUMNS = {
     "fidelity": ("corpus", "window", "positions", "compared", *FIDELITY),
     "next_tokens": ("prompt_id", "prompt", "source", "rank", "token", "probability"),
 }
+# Columns that older evaluations lack.
+LATER = {"items": choices.COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ class Results:
     """A study's evaluations as tidy frames; all but `tasks` have the columns model, criterion, ratio, seed (dense: -1).
 
     models: one row per evaluation (achieved_ratio, neuron_ratio, groups_removed, parameters). items, perplexity, fidelity,
-    next_tokens: the evaluation artifact's rows; fidelity holds all positions of a window, fidelity_positions also its low- and
-    high-entropy ones apart (column positions). tasks: one row per model and task (metric, shots, version, evaluated and
-    available items, source). legend: order, names and looks of the criteria.
+    next_tokens: the evaluation artifact's rows, items in the metric that is shown, with `choices.COLUMNS`; fidelity holds all
+    positions of a window, fidelity_positions also its low- and high-entropy ones apart (column positions). tasks: one row per
+    model and task (metric, shots, version, evaluated and available items, source). legend: order, names and looks of the
+    criteria.
     """
 
     models: pd.DataFrame
@@ -81,7 +86,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the criterion table: a task, an average of tasks, or a measure on a corpus."""
+    """One column of a table: a task, an average of tasks, or a measure on a corpus."""
 
     name: str
     measure: str
@@ -261,7 +266,7 @@ def model_row(summary: dict) -> dict:
 
 
 def _stack(name: str, folders: tuple[Path, ...], models: pd.DataFrame) -> pd.DataFrame:
-    parts = [pd.DataFrame(columns=[*KEYS, *COLUMNS[name]])]
+    parts = [pd.DataFrame(columns=[*KEYS, *COLUMNS[name], *LATER.get(name, ())])]
     for folder, row in zip(folders, models[KEYS].to_dict("records"), strict=True):
         path = folder / f"{name}.parquet"
         if not path.exists():
@@ -274,7 +279,7 @@ def _stack(name: str, folders: tuple[Path, ...], models: pd.DataFrame) -> pd.Dat
             continue
         if missing := [column for column in COLUMNS[name] if column not in part]:
             raise UserError(f"{path} lacks the column {missing[0]!r}: delete the folder and rerun the evaluation")
-        parts.append(part[list(COLUMNS[name])].assign(**row))
+        parts.append(part.reindex(columns=[*COLUMNS[name], *LATER.get(name, ())]).assign(**row))
     return pd.concat(parts[1:], ignore_index=True) if len(parts) > 1 else parts[0]
 
 
@@ -303,9 +308,7 @@ def columns(results: Results, model: str) -> list[Column]:
     for task in tasks:
         metric = facts.loc[task, "metric"] if isinstance(facts.loc[task, "metric"], str) else ""
         found.append(Column(task, "task", f"{task} {metric}, %".replace(" ,", ","), (task,)))
-    # An average over different tasks would compare nothing, so only tasks that every model of the table answered enter.
-    per_model = items.groupby([*KEYS])["task"].agg(set)
-    common = [task for task in tasks if all(task in answered for answered in per_model)]
+    common = _common(items, tasks)
     accuracies = [task for task in common if facts.loc[task, "metric"] != NO_ACCURACY]
     if 0 < len(accuracies) < len(common):
         text = f"average of {len(accuracies)} without CrowS-Pairs, %"
@@ -319,24 +322,39 @@ def columns(results: Results, model: str) -> list[Column]:
     return found
 
 
+def choice_columns(results: Results, model: str) -> list[Column]:
+    """Return the measures of `choices`, each over the tasks of which every evaluation of the model kept the choices."""
+    items = results.items[results.items["model"] == model]
+    tasks = _common(items.assign(task=items["task"].where(items["right"] >= 0)), items["task"].unique())
+    return [Column(measure, measure, text, tuple(tasks)) for measure, text in choices.MEASURES.items() if tasks]
+
+
+def _common(items: pd.DataFrame, tasks: Iterable[str]) -> list[str]:
+    # An average over different tasks would compare nothing, so only tasks that every model of the table answered enter.
+    per_model = items.groupby([*KEYS])["task"].agg(set)
+    return [task for task in tasks if all(task in answered for answered in per_model)]
+
+
 def sample(results: Results, column: Column, model: str, criterion: str, ratio: float, positions: str = "all") -> pd.DataFrame:
     """Return one cell's data as the frame that `measure.statistics` takes (seed, item, value, weight or group).
 
-    Tasks and top-1 agreement are in per cent; perplexity is the log-perplexity, in nats per token. `positions` (all,
-    low_entropy, high_entropy) selects those of a fidelity measure.
+    Tasks, probabilities and top-1 agreement are in per cent; perplexity is the log-perplexity, in nats per token. `positions`
+    (all, low_entropy, high_entropy) selects those of a fidelity measure.
     """
-    source = {"task": results.items, "average": results.items, "perplexity": results.perplexity}
+    source = {"perplexity": results.perplexity} | dict.fromkeys(("task", "average", *choices.MEASURES), results.items)
     fidelity = results.fidelity_positions[results.fidelity_positions["positions"] == positions]
     frame = source.get(column.measure, fidelity)
     frame = frame[(frame["model"] == model) & (frame["criterion"] == criterion) & (frame["ratio"] == ratio)]
+    scale = 100 if UNITS[column.measure] == "%" else 1
     if column.tasks:
-        frame = frame[frame["task"].isin(column.tasks)]
-        frame = frame.rename(columns={"doc_id": "item", "task": "group"})[["seed", "item", "group", "value"]]
-        return frame.assign(value=100 * frame["value"].astype(float))
+        frame, value = frame[frame["task"].isin(column.tasks)], "value"
+        if column.measure in choices.MEASURES:
+            frame, value = choices.measures(frame), column.measure
+        frame = frame.rename(columns={"doc_id": "item", "task": "group"})
+        return frame.assign(value=scale * frame[value].astype(float))[["seed", "item", "group", "value"]]
     frame = frame[frame["corpus"] == column.corpus].rename(columns={"window": "item", "compared": "weight"})
     if column.measure == "perplexity":
         return intervals.log_perplexity_frame(frame[["seed", "item", "nll", "tokens"]]) if len(frame) else frame
-    scale = 100 if UNITS[column.measure] == "%" else 1
     return frame.assign(value=scale * frame[column.measure].astype(float))[["seed", "item", "weight", "value"]]
 
 

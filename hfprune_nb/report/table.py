@@ -104,7 +104,7 @@ def measure_label(column: str, measure: str) -> str:
     corpus = column.partition(":")[2]
     if measure == "average":
         return "average without CrowS-Pairs, points" if column != "average" else "average of tasks, points"
-    return f"log-perplexity {corpus}, nats per token" if measure == "perplexity" else f"{MEASURES[measure]} {corpus}"
+    return f"log-perplexity {corpus}, nats per token" if measure == "perplexity" else f"{MEASURES[measure]} {corpus}".strip()
 
 
 def digits_of(measure: str) -> int:
