@@ -65,6 +65,19 @@ def pruned(executed):
     return pruning
 
 
+def test_scoring_that_stops_gives_the_bytes_of_so_few_windows(executed):
+    """A target that the first windows reach: what is scored is what a calibration of as many windows gives."""
+    scored = {}
+    for n_windows, stop_at in ((40, 0.1), (32, 0.0)):
+        windows = executed("calibration", corpus=CORPUS, n_windows=n_windows, seq_len=16)["run"].artifact
+        settings = {"calibration": windows.reference, "criteria": ["entropy"], "stop_at": stop_at, "stop_ratios": [0.5]}
+        scored[stop_at] = executed("scoring", **settings)["run"].artifact
+    stopped, plain = (scored[stop_at].path("scores.safetensors").read_bytes() for stop_at in (0.1, 0.0))
+    facts = read_json(scored[0.1].path("scores.json"))
+    assert stopped == plain and (facts["windows"], facts["of_windows"]) == (32, 40)
+    assert facts["reached"][0]["predicted"] >= 0.1
+
+
 def test_a_tuned_model_of_different_widths_is_padded_on_request(executed, folder, pruned):
     settings = {"pruned": pruned.reference, "data": str(folder / "instructions.jsonl"), "n_records": 8, "n_held_out": 1}
     settings |= {"max_steps": 1, "rows_per_step": 1, "seq_len": 256, "save_checkpoint": True, "padded": True}

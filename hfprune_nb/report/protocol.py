@@ -90,7 +90,9 @@ def write_protocol(results: Results, folder: Path) -> Path:
 def _scoring_sentence(protocol: dict) -> str:
     if not (text := protocol.get("calibration")):
         return ""  # the dense model is not scored
-    words = f"Scored on {text['n_windows']} windows of {text['seq_len']} tokens of {text['corpus']}"
+    stopped = protocol.get("scoring", {}).get("windows")
+    count = f"the first {stopped} of {text['n_windows']}" if stopped else text["n_windows"]
+    words = f"Scored on {count} windows of {text['seq_len']} tokens of {text['corpus']}"
     if text.get("bos") not in (None, protocol.get("bos")):
         words += f" {'with' if text['bos'] else 'without'} BOS"
     return words + (f" in {protocol['scoring']['dtype']}." if "scoring" in protocol else ".")

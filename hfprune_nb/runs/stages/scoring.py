@@ -1,6 +1,7 @@
 """Stage 02: the importance of every neuron by every criterion."""
 
 from hfprune_nb import allocations, criteria
+from hfprune_nb.errors import UserError
 from hfprune_nb.runs.stages.base import Input, Stage, mlps, size, source
 
 # Tokens in a batch whose size is left to the engine, on a CPU; on a GPU it takes more where they fit.
@@ -20,6 +21,11 @@ class Scoring(Stage):
         chosen = criteria.variants(values["criteria"])
         if values.get("attention_groups"):
             criteria.check_groups(chosen)
+        stop_at, ratios = values.get("stop_at", 0), values.get("stop_ratios")
+        if not 0 <= stop_at < 1:
+            raise UserError(f"stop_at {stop_at:g} is outside 0 to 1: give an overlap such as 0.95, or 0 to score all windows.")
+        if stop_at and not (ratios and all(0 < ratio < 1 for ratio in ratios)):
+            raise UserError(f"stop_ratios {ratios} must be shares of a layer's neurons between 0 and 1: give those that go.")
 
     def common(self, study):
         wanted = [variant.spec for variant in study.variants]
