@@ -162,7 +162,9 @@ def against_ratio(criterion: Table, model: str) -> Figure:
         handles = handles_of(axes)
         order = [text for text in map(legend.label, legend.in_order(cells["criterion"])) if text in handles]
         spare = axes.flat[len(names) :]
-        place = {"loc": "center"} if len(spare) else {"loc": "outside lower center", "ncols": 3}
+        place = (
+            {"loc": "center"} if len(spare) else {"loc": "outside lower center", "ncols": 3 if max(map(len, order)) < 26 else 2}
+        )
         (spare[0] if len(spare) else fig).legend([handles[text] for text in order], order, **place)
         for ax in spare:
             ax.set_axis_off()

@@ -1,7 +1,6 @@
 """Which criterion is closer to the truth? Predicted against measured damage of silenced neurons."""
 
 import itertools
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -129,7 +128,7 @@ def truth_figure(predictions: pd.DataFrame, correlations: pd.DataFrame, model: s
             part = rows[rows["predictor"] == name]
             colour = GREYS[0] if name == SIGNED else legend.colour(name)
             _truth_panel(ax, part, "ce" if name == SIGNED else "kl", colour)
-            title = "signed first-order CE" if name == SIGNED else textwrap.shorten(legend.label(name), 30, placeholder=" …")
+            title = "signed first-order CE" if name == SIGNED else legend.short(name, 32)
             ax.set_title(title + _within(correlations[correlations["model"] == model], name), fontsize=9)
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()

@@ -18,7 +18,7 @@ from scipy.spatial.distance import squareform
 
 from hfprune_nb.report import intervals
 from hfprune_nb.report.results import kept, percent, percents, scores, specs, split_of
-from hfprune_nb.report.style import DASHES, GREYS, STYLE, UNIFORM, WIDTH, Legend, closed, handles_of, message, series
+from hfprune_nb.report.style import CROWD, DASHES, GREYS, STYLE, UNIFORM, WIDTH, Legend, closed, handles_of, message, series
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
 PAIRS = ["model", "ratio", "layer", "comparison", "a", "b", "seeds", "jaccard"]
@@ -192,11 +192,13 @@ def overlap_map_figure(overlaps: pd.DataFrame, model: str, legend: Legend) -> Fi
         return message("Fewer than two criteria were scored: no overlap to draw.")
     distances = 1 - square.where(~np.eye(len(square), dtype=bool), 1).to_numpy()
     order = hierarchy.leaves_list(hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True))
-    square = square.iloc[order, order].rename(index=legend.label, columns=legend.label)
+    square = square.iloc[order, order]
+    words = list(map(legend.label if len(square) <= CROWD else legend.short, square))
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(WIDTH, WIDTH - 0.9))
         seaborn.heatmap(
-            square, ax=ax, cmap="cividis", annot=len(square) <= 12, fmt=".2f", annot_kws={"size": 7}, square=True, robust=True,
+            square, ax=ax, cmap="cividis", xticklabels=words, yticklabels=words,
+            annot=len(square) <= 12, fmt=".2f", annot_kws={"size": 7}, square=True, robust=True,
             cbar_kws={"label": "Jaccard overlap of kept neurons", "shrink": 0.7},
         )  # fmt: skip
         ax.set(xlabel="", ylabel="", title=f"{model}: which criteria keep the same neurons\n(diagonal: two calibration seeds)")
@@ -205,11 +207,11 @@ def overlap_map_figure(overlaps: pd.DataFrame, model: str, legend: Legend) -> Fi
         plt.setp(ax.get_xticklabels(), rotation=60 if len(square) > 12 else 40, ha="right", rotation_mode="anchor")
         if len(square) > 12:
             ax.tick_params(labelsize=7)
-    names = list(map(legend.label, legend.compared(overlaps["a"])))
+    names = legend.compared(overlaps["a"])
     apart = square.where(~np.eye(len(square), dtype=bool)).filter(names, axis=0).filter(names).stack()
     if apart.empty:
         return closed(fig)
-    like, unlike = (" and ".join(pair) for pair in (apart.idxmax(), apart.idxmin()))
+    like, unlike = (" and ".join(map(legend.label, pair)) for pair in (apart.idxmax(), apart.idxmin()))
     seeds = np.diag(square)
     floor = f"; two seeds of one criterion overlap {np.nanmedian(seeds):.2f} in the median" if np.isfinite(seeds).any() else ""
     return closed(fig, f"Most alike are {like} ({apart.max():.2f}), least {unlike} ({apart.min():.2f}){floor}.")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from hfprune_nb.report import intervals
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import LOWER_IS_BETTER, MARGINS, Results, choice_columns, columns, percent, sample
-from hfprune_nb.report.style import CROWD, DENSE, REFERENCE, STYLE, WIDTH, Legend, closed, message
+from hfprune_nb.report.style import CROWD, DENSE, REFERENCE, STYLE, UNIFORM, WIDTH, Legend, closed, message
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, digits_of, format_difference, format_p, measure_label
 
 PAIRED = [
@@ -218,11 +218,19 @@ def forest(paired: Table, model: str) -> Figure:
     rows = rows.assign(series=list(zip(rows["a"], rows["b"], strict=True)), certain=rows["verdict"].str.endswith(" better"))
     words = {pair: " − ".join(map(paired.legend.label, pair)) for pair in pairs}
     looks = {pair: paired.legend.pair_look(*pair) for pair in pairs}
-    fig = _panels(rows, {pair: (words[pair], looks[pair]) for pair in pairs}, "first is better", across=3)
+    named = words if len(pairs) <= CROWD else {pair: _short(*pair, paired.legend) for pair in pairs}
+    fig = _panels(rows, {pair: (named[pair], looks[pair]) for pair in pairs}, "first is better", across=3)
     fig.suptitle(f"{model}: paired differences, 95 % intervals (filled: zero excluded, also after Holm)", fontsize=10)
     surest = rows.sort_values(["p_holm", "p"], kind="stable").iloc[0]
     caption = f"Of {len(rows)} paired differences {rows['certain'].sum()} exclude zero after Holm's correction"
     return closed(fig, f"{caption}; the surest is {_in_words(surest, words[surest['series']])}.")
+
+
+def _short(a: str, b: str, legend: Legend) -> str:
+    (left, _, one), (right, _, two) = a.partition("@"), b.partition("@")
+    if left == right:
+        return f"{legend.short(left)}: {legend.allocation(one or UNIFORM)} − {legend.allocation(two or UNIFORM)}"
+    return f"{legend.short(a)} − {legend.short(b)}"
 
 
 # Of these measures the first two that a study has, on its first corpus, tell it in one picture.

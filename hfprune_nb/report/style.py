@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -132,6 +133,12 @@ class Legend:
             return "Dense"
         allocation = name.partition("@")[2]
         return self._criterion(name).label + (f", {self._allocations[allocation].label}" if allocation else "")
+
+    def short(self, name: str, longest: int = 40) -> str:
+        """Return a criterion's label with its words cut to `longest` letters, its allocation whole: for the axis of a crowd."""
+        criterion, allocation = self.label(name.partition("@")[0]), name.partition("@")[2]
+        text = textwrap.shorten(criterion, longest, placeholder=" …")
+        return text + (f", {self.allocation(allocation)}" if allocation else "")
 
     def allocation(self, name: str) -> str:
         """Return an allocation's name for readers."""
