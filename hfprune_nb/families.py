@@ -96,7 +96,7 @@ class Member:
         for name in settings:
             if name not in cls.settings:
                 known = f"its settings are {', '.join(cls.settings)}." if cls.settings else "it has none."
-                raise UserError(f"{owner} has no setting '{name}': {_near(name, cls.settings).strip() or known}")
+                raise UserError(f"{owner} has no setting '{name}': {_near(name, cls.settings) or known}")
         given = {name: setting.default for name, setting in cls.settings.items()} | settings
         return {name: setting.check(owner, name, given[name]) for name, setting in cls.settings.items()}
 
@@ -179,9 +179,8 @@ class Family:
         """Return the member called `name`; raise UserError for an unknown one."""
         classes = self.classes()
         if name not in classes:
-            raise UserError(
-                f"{self.base.noun} '{name}' is unknown: {_near(name, classes)}The {self.plural} are {', '.join(classes)}."
-            )
+            known = _near(name, classes) or f"the {self.plural} are {', '.join(classes)}."
+            raise UserError(f"{self.base.noun} '{name}' is unknown: {known}")
         return classes[name]
 
     def variants(self, specs: str | dict | Variant | Iterable) -> list[Variant]:
@@ -214,4 +213,4 @@ class Family:
 
 def _near(name, known) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean '{near[0]}'? " if near else ""
+    return f"did you mean '{near[0]}'?" if near else ""

@@ -14,7 +14,7 @@ from scipy import stats
 
 from hfprune_nb.errors import UserError
 from hfprune_nb.report import convergence, distribution, gradient, ground_truth, neurons, widths
-from hfprune_nb.report.results import collect, kept, legend
+from hfprune_nb.report.results import collect, legend, prunings
 from hfprune_nb.report.results import experiment as read_experiment
 from hfprune_nb.report.style import Legend
 from hfprune_nb.runs import artifacts, stage
@@ -199,7 +199,7 @@ def test_the_zero_gradient_is_shown_or_denied(experiment, tmp_path):
 
 def test_the_middle_ratio_is_that_of_the_prunings(tmp_path):
     folders = synthetic.prunings(tmp_path, ("entropy",))
-    ratios = sorted({kept(folder)[0]["neuron_ratio"] for folder in folders})
+    ratios = sorted({facts["neuron_ratio"] for facts, _ in prunings(folders)})
     assert neurons.neuron_ratio(folders, MODEL) == pytest.approx(ratios[1], abs=1e-3)
     assert neurons.neuron_ratio([], MODEL) == neurons.DEFAULT_NEURON_RATIO
 

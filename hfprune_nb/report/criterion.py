@@ -60,8 +60,8 @@ def criterion_table(results: Results) -> Table:
     if not rows:
         raise UserError("the evaluations hold no task, perplexity or fidelity: rerun stage 05 with one of them")
     long = pd.DataFrame(rows)
-    if (allocated := long["criterion"].str.partition("@")[2]).nunique() > 1:
-        long.insert(2, "allocation", allocated.where(allocated != "", UNIFORM))
+    if (allocated := long["criterion"].map(lambda name: results.legend.parts(name.partition("@")[2])[0])).nunique() > 1:
+        long.insert(2, "allocation", allocated)
     display = _display(long, format_cell, results.legend).drop(columns=["Model"] if len(results.model_names) == 1 else [])
     title = "Dense and pruned models by criterion and ratio of all parameters removed (measured)"
     notes = (INTERVALS, *_cell_notes(long, results.legend), protocol_note(results))

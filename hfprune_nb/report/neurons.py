@@ -17,8 +17,8 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from hfprune_nb.report import intervals
-from hfprune_nb.report.results import kept, percent, percents, scores, specs, split_of
-from hfprune_nb.report.style import CROWD, DASHES, GREYS, STYLE, UNIFORM, WIDTH, Legend, closed, handles_of, message, series
+from hfprune_nb.report.results import kept, percent, percents, prunings, scores, specs, split_of, way_of
+from hfprune_nb.report.style import CROWD, DASHES, GREYS, STYLE, WIDTH, Legend, closed, handles_of, message, series
 
 AGREEMENT = ["model", "seed", "layer", "a", "b", "spearman"]
 PAIRS = ["model", "ratio", "layer", "comparison", "a", "b", "seeds", "jaccard"]
@@ -30,7 +30,7 @@ DEFAULT_NEURON_RATIO = 0.3  # where a study has no pruning to take it from
 
 def neuron_ratio(pruning_folders: Iterable[Path], model: str) -> float:
     """Return the fraction of MLP neurons removed at the middle ratio of `model`, or the default without any pruning."""
-    ratios = sorted({facts["neuron_ratio"] for facts, _ in map(kept, pruning_folders) if facts["model"] == model})
+    ratios = sorted({facts["neuron_ratio"] for facts, _ in prunings(pruning_folders) if facts["model"] == model})
     return ratios[(len(ratios) - 1) // 2] if ratios else DEFAULT_NEURON_RATIO
 
 
@@ -223,18 +223,18 @@ def kept_pairs(pruning_folders: Iterable[Path], legend: Legend) -> pd.DataFrame:
     Comparisons: two criteria that `legend` compares, with the same seed ("One-hot CE / Entropy (HFPrune)"), one criterion with
     two seeds ("Entropy (HFPrune), two seeds"), and "chance", the exact expectation for two random sets of these sizes.
     """
-    prunings: dict[tuple, list] = {}
-    for facts, sets in map(kept, pruning_folders):
+    points: dict[tuple, list] = {}
+    for facts, folder in prunings(pruning_folders):
         if split_of(facts) != "none":  # such models keep other numbers of neurons
             continue
         # Model and ratio must agree; otherwise a pair would compare sets of different sizes.
         ratio = round(float(facts["ratio"] if facts["ratio"] is not None else facts["achieved_ratio"]), 4)
-        name, seed = series(facts["criterion"], facts.get("allocation", UNIFORM)), facts["seed"]
-        prunings.setdefault((facts["model"], ratio), []).append(
-            (legend.order(name), -1 if seed is None else seed, name, facts, sets)
+        name, seed = series(facts["criterion"], way_of(facts)), facts["seed"]
+        points.setdefault((facts["model"], ratio), []).append(
+            (legend.order(name), -1 if seed is None else seed, name, facts, kept(folder))
         )
     rows = []
-    for (model, ratio), group in sorted(prunings.items()):
+    for (model, ratio), group in sorted(points.items()):
         asked = legend.pairs({name for _, _, name, _, _ in group})
         for (_, _, a, facts, kept_a), (_, _, b, other, kept_b) in itertools.combinations(sorted(group, key=lambda p: p[:3]), 2):
             seeds = facts["seed"], other["seed"]

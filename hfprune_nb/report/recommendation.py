@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from hfprune_nb.files import read_json
 from hfprune_nb.report import intervals
+from hfprune_nb.report.apart import told_apart
 from hfprune_nb.report.protocol import protocol_note
-from hfprune_nb.report.results import Results, collect, model_row, percent, read_summary, split_of, treatment
+from hfprune_nb.report.results import Results, collect, model_row, percent, prunings, read_summary, split_of, treatment
 from hfprune_nb.report.style import CROWD, DENSE, REFERENCE, STYLE, WIDTH, Legend, closed, handles_of, message
 from hfprune_nb.report.table import ABSENT, ONE_SEED, Table, bounded, format_p
 
@@ -38,21 +38,22 @@ def recommendation_table(evaluation_folders: Iterable[Path], pruning_folders: It
     """
     summaries = {Path(folder): read_summary(folder) for folder in evaluation_folders}
     summaries = {folder: summary for folder, summary in summaries.items() if split_of(summary) in (DENSE, NONE)}
-    untuned = [folder for folder in summaries if not treatment(summaries[folder])[0]]
-    kinds = sorted({treatment(summaries[folder])[1] for folder in untuned} - {NONE})
-    read = {kind: collect(untuned, compensation=kind) for kind in (NONE, *kinds)}
-    loads = {_place(summary): summary.get("loads_with", PLAIN) for summary in summaries.values()}
-    texts = {_place(summary): summary["protocol"].get("calibration", {}).get("n_windows", 1) for summary in summaries.values()}
-    prunings = {_place(facts): facts for facts in (read_json(Path(folder) / "pruning.json") for folder in pruning_folders)}
-    results = read[NONE]
+    read = told_apart((summary, folder) for folder, summary in summaries.items() if not treatment(summary)[0])
+    kinds = sorted({treatment(summary)[1] for summary, _ in read} - {NONE})
+    untuned = [folder for _, folder in read]
+    by_kind = {kind: collect(untuned, compensation=kind) for kind in (NONE, *kinds)}
+    loads = {_place(summary): summary.get("loads_with", PLAIN) for summary, _ in read}
+    texts = {_place(summary): summary["protocol"].get("calibration", {}).get("n_windows", 1) for summary, _ in read}
+    pruned_by = {_place(facts): facts for facts, _ in prunings(pruning_folders)}
+    results = by_kind[NONE]
     rows = []
-    for kind, part in read.items():
+    for kind, part in by_kind.items():
         pruned = part.models[part.models["criterion"] != DENSE].drop_duplicates(["model", "criterion", "ratio"])
         for model, criterion, ratio in pruned[["model", "criterion", "ratio"]].itertuples(index=False):
             own = _log_kl(part, model, criterion, ratio)
             row = {"model": model, "ratio": ratio, "criterion": criterion, "compensation": kind}
             place = model, criterion, ratio, kind
-            facts = prunings.get(place, {"widths": []})
+            facts = pruned_by.get(place, {"widths": []})
             passes = results.legend.forwards(criterion, facts.get("rounds", 1), len(facts["widths"]), texts[place])
             row |= {"forwards": passes, "loads_with": loads[place]}
             rows.append(row | _measured(own, _log_kl(results, model, REFERENCE, ratio)))

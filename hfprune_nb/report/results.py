@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from hfprune_nb.errors import UserError
 from hfprune_nb.files import by_layer
 from hfprune_nb.report import choices, intervals
-from hfprune_nb.report.style import DENSE, UNIFORM, Legend, series
+from hfprune_nb.report.apart import in_words, told_apart
+from hfprune_nb.report.style import DENSE, UNIFORM, Legend, series, way
 
 NO_ACCURACY = "pct_stereotype"
 FIDELITY = ("js", "kl", "jaccard15", "top1")
@@ -110,13 +111,14 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
 
     Models that were tuned or compensated after pruning are left to the recovery tables (`tuning`), which ask for them by
     `tuned` and `compensation`: they would mix the effect of a criterion with that of a recipe. So are those that lost attention
-    groups as well, which `attention` asks for by their split. Raises UserError when there
-    is no folder, an artifact is corrupt or incomplete, or two evaluations describe the same model, criterion, ratio and seed.
+    groups as well, which `attention` asks for by their split. Models that differ in a further parameter of what made them have
+    it in their names (`apart.told_apart`). Raises UserError when there is no folder, an artifact is corrupt or incomplete, or two
+    evaluations describe the same model, criterion, ratio and seed.
     """
     folders = [Path(folder) for folder in evaluation_folders]
     if not folders:
         raise UserError("evaluations is empty: run the evaluation stage (05) of this study first")
-    read = [(read_summary(folder), folder) for folder in folders]
+    read = told_apart((read_summary(folder), folder) for folder in folders)
     of_split = [(summary, folder) for summary, folder in read if split_of(summary) in (DENSE, split)]
     plain = [(summary, folder) for summary, folder in of_split if treatment(summary) == (tuned, compensation)]
     if not plain:
@@ -149,6 +151,7 @@ def collect(evaluation_folders: Iterable[Path], tuned: bool = False, compensatio
     wanted = pd.Series([metrics.get(pair) for pair in zip(items["model"], items["task"], strict=True)], items.index)
     frames["items"] = items[wanted.isna() | (wanted == items["metric"])]
     notes = [f"Not shown, as they were made with other settings: {_told_apart(others, plain)}."] if others else []
+    notes += [f"Models whose names say no more are those of {words}." for words in _unnamed(summaries)]
     notes += [f"No {FRAME_NAMES[name]} in these evaluations." for name in FRAME_NAMES if frames[name].empty]
     notes += [
         f"{name}: the dense model was not evaluated."
@@ -173,6 +176,11 @@ def versions(folder: Path) -> dict:
         return {}
     card = json.loads(path.read_text(encoding="utf-8"))
     return {name: card["versions"].get(name) for name in ("torch", "transformers")}
+
+
+def _unnamed(summaries: Iterable[dict]) -> list[str]:
+    """Return in words the further parameters that models have whose names do not say them."""
+    return list(dict.fromkeys(in_words(each["apart"]) for each in summaries if each["apart"] and not each["further"]))
 
 
 def _repeated(read: list[tuple[dict, Path]]) -> list[tuple[dict, Path]]:
@@ -226,19 +234,29 @@ def split_of(facts: dict) -> str:
     return DENSE if facts["criterion"] == DENSE else facts.get("attention_split", "none")
 
 
+def way_of(facts: dict) -> str:
+    """Return the allocation of an artifact's facts, with the further parameters that tell it apart, as `style.way` does."""
+    return way(facts.get("allocation", UNIFORM), facts.get("further", ""))
+
+
 def specs(facts: dict) -> list:
-    """Return the specs of the criteria, each with its allocation's, that an artifact's facts name; none for the dense model."""
+    """Return the specs of the criteria, each with its allocation's and what tells it apart, that an artifact's facts name.
+
+    There is none for the dense model.
+    """
     if facts.get("criterion") == DENSE:
         return []
     allocation = facts.get("allocation_spec", facts.get("allocation", UNIFORM))
-    return [(spec, allocation) for spec in facts.get("criteria") or [facts.get("criterion_spec", facts["criterion"])]]
+    further = facts.get("further", "")
+    return [(spec, allocation, further) for spec in facts.get("criteria") or [facts.get("criterion_spec", facts["criterion"])]]
 
 
 def legend(folders: Iterable[Path]) -> Legend:
     """Return order, names and looks of the criteria that artifacts of any stage name."""
     kinds = ("scores", "pruning", "summary", "experiments")
     files = [path for folder in folders for kind in kinds if (path := Path(folder) / f"{kind}.json").is_file()]
-    return Legend(spec for path in files for spec in specs(_facts(path)))
+    by_kind = [told_apart((_facts(path), path.parent) for path in files if path.stem == kind) for kind in kinds]
+    return Legend(spec for read in by_kind for facts, _ in read for spec in specs(facts))
 
 
 def read_summary(folder: Path) -> dict:
@@ -254,7 +272,7 @@ def model_row(summary: dict) -> dict:
     ratio = summary["ratio"] if summary["ratio"] is not None else summary.get("achieved_ratio")
     return {
         "model": summary["model"],
-        "criterion": series(summary["criterion"], summary.get("allocation", UNIFORM)),
+        "criterion": series(summary["criterion"], way_of(summary)),
         "ratio": round(float(ratio or 0), 4),
         # Frames cannot be pivoted on a missing seed, and a dense model has none.
         "seed": -1 if summary["seed"] is None else int(summary["seed"]),
@@ -388,15 +406,15 @@ def snapshots(scoring_folder: Path) -> dict[str, dict[int, list[np.ndarray]]]:
     return {criterion: found[criterion] for criterion in names.in_order(found)}
 
 
-def pruning_facts(pruning_folder: Path) -> dict:
-    """Return a pruning artifact's facts (03). Raises UserError when they are missing or corrupt."""
-    return _facts(Path(pruning_folder) / "pruning.json")
+def prunings(folders: Iterable[Path]) -> list[tuple[dict, Path]]:
+    """Return pruning artifacts' facts (03), told apart, and folders. Raises UserError when facts are missing or corrupt."""
+    return told_apart((_facts(Path(folder) / "pruning.json"), folder) for folder in folders)
 
 
-def kept(pruning_folder: Path) -> tuple[dict, list[np.ndarray]]:
-    """Return a pruning artifact's facts and each layer's kept neuron indices. Raises UserError when it is corrupt."""
+def kept(pruning_folder: Path) -> list[np.ndarray]:
+    """Return each layer's kept neuron indices of a pruning artifact. Raises UserError when it is corrupt."""
     tensors = _tensors(Path(pruning_folder) / "kept.safetensors")
-    return pruning_facts(pruning_folder), [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
+    return [tensors[f"layers.{layer}"] for layer in range(len(tensors))]
 
 
 def experiment(folder: Path) -> dict:

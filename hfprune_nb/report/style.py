@@ -96,24 +96,30 @@ def _by_name(family, specs: Iterable) -> dict:
 class Legend:
     """A study's criteria in reading order: how each is called and drawn, and which of them are compared.
 
-    `specs` are those of the study's artifacts, each a criterion's (`criteria.variants`) or a pair of it and its allocation's. A
-    criterion with another allocation than the uniform one is named `criterion@allocation`, as `results.series` does; a name that
-    is not among the specs is the criterion's own. The place among the study's criteria gives each its look, and the paper's three
-    keep theirs whatever else is there.
+    `specs` are those of the study's artifacts, each a criterion's (`criteria.variants`), a pair of it and its allocation's, or a
+    triple with what else tells a model apart (`apart.told_apart`). Names are those of `series`; a name that is not among the
+    specs is the criterion's own. The place among the study's criteria gives each its look, and the paper's three keep theirs
+    whatever else is there.
     """
 
     def __init__(self, specs: Iterable = ()):
-        pairs = [spec if isinstance(spec, tuple) else (spec, UNIFORM) for spec in specs]
-        self._criteria = _by_name(criteria, (spec for spec, _ in pairs))
-        self._allocations = _by_name(allocations, (spec for _, spec in pairs if spec != UNIFORM))
-        names = {series(_name(spec), _name(allocation)) for spec, allocation in pairs}
+        given = [spec if isinstance(spec, tuple) else (spec, UNIFORM) for spec in specs]
+        self._criteria = _by_name(criteria, (spec for spec, *_ in given))
+        self._allocations = _by_name(allocations, (spec for _, spec, *_ in given if spec != UNIFORM))
+        names = {series(_name(spec), _name(allocation), *further) for spec, allocation, *further in given}
         alone = dict.fromkeys(name.partition("@")[0] for name in self.in_order(names))
         others = [name for name in alone if not self._is_of_paper(name)]
+        self._ways = sorted({name.partition("@")[2] for name in names} - {""})
         self._places = {name: 3 + index for index, name in enumerate(others)}
 
     def _criterion(self, name: str) -> criteria.Variant:
         name = name.partition("@")[0]
         return self._criteria.get(name) or _plain(name)
+
+    def parts(self, way: str) -> tuple[str, str]:
+        """Return the allocation and the further parameters, in words, of what follows the `@` in a name."""
+        allocation, _, further = way.partition(", ")
+        return (allocation, further) if allocation in self._allocations else (UNIFORM, "" if way == UNIFORM else way)
 
     def _is_of_paper(self, name: str) -> bool:
         variant = self._criterion(name)
@@ -121,28 +127,36 @@ class Legend:
 
     def order(self, name: str) -> tuple:
         """Return the sort key of a criterion: dense, the paper's three, the others, the baselines."""
-        return (-1,) if name == DENSE else (*self._criterion(name).order, name.partition("@")[2])
+        if name == DENSE:
+            return (-1,)
+        allocation, further = self.parts(name.partition("@")[2])
+        return *self._criterion(name).order, "" if allocation == UNIFORM else allocation, natural(further)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Return the distinct `names` in the order of every table and figure."""
         return sorted(set(names), key=self.order)
 
     def label(self, name: str) -> str:
-        """Return a criterion's name for readers, with its allocation where that is not the uniform one."""
+        """Return a criterion's name for readers, with its allocation where that is not the uniform one, and what follows."""
         if name == DENSE:
             return "Dense"
-        allocation = name.partition("@")[2]
-        return self._criterion(name).label + (f", {self._allocations[allocation].label}" if allocation else "")
+        return self._criterion(name).label + self._following(name.partition("@")[2])
 
     def short(self, name: str, longest: int = 40) -> str:
-        """Return a criterion's label with its words cut to `longest` letters, its allocation whole: for the axis of a crowd."""
-        criterion, allocation = self.label(name.partition("@")[0]), name.partition("@")[2]
-        text = textwrap.shorten(criterion, longest, placeholder=" …")
-        return text + (f", {self.allocation(allocation)}" if allocation else "")
+        """Return a criterion's label with its words cut to `longest` letters, what follows whole: for the axis of a crowd."""
+        criterion, _, way = name.partition("@")
+        return textwrap.shorten(self.label(criterion), longest, placeholder=" …") + self._following(way)
 
-    def allocation(self, name: str) -> str:
-        """Return an allocation's name for readers."""
-        return self._allocations[name].label if name in self._allocations else name.capitalize()
+    def _following(self, way: str) -> str:
+        allocation, further = self.parts(way)
+        words = further if allocation == UNIFORM else self.allocation(way)
+        return f", {words}" if words else ""
+
+    def allocation(self, way: str) -> str:
+        """Return an allocation's name for readers, with the further parameters that tell its models apart."""
+        name, further = self.parts(way)
+        label = self._allocations[name].label if name in self._allocations else name.capitalize()
+        return f"{label}, {further}" if further else label
 
     def settings(self, names: Iterable[str]) -> list[str]:
         """Return a sentence for each of `names` on the numbers that it depends on, defaults too, and on a basis that is not its
@@ -175,14 +189,16 @@ class Legend:
         """Return the pairs of `names` to compare, each in order.
 
         Under one allocation those are the paper's own and every other criterion with entropy, for one criterion every other
-        allocation with the uniform one. All pairs would cost each of them its power: Holm's correction counts them all.
+        allocation with the uniform one, and every model with further parameters with the one without. All pairs would cost each
+        of them its power: Holm's correction counts them all.
         """
         names, reference = self.compared(names), self.reference(names)
 
         def asked(a: str, b: str) -> bool:
             (left, _, one), (right, _, two) = a.partition("@"), b.partition("@")
             if one != two:
-                return left == right and not (one and two)
+                differ = [set(pair) for pair in zip(self.parts(one), self.parts(two), strict=True) if len(set(pair)) > 1]
+                return left == right and len(differ) == 1 and bool(differ[0] & {UNIFORM, ""})
             return reference in (left, right) or (self._is_of_paper(left) and self._is_of_paper(right))
 
         return [pair for pair in itertools.combinations(names, 2) if asked(*pair)]
@@ -190,16 +206,15 @@ class Legend:
     def look(self, name: str) -> dict:
         """Return colour, marker and dashes of a criterion, the same in every figure of a study.
 
-        Another allocation than the uniform one keeps the colour and gets a marker and dashes of its own.
+        Another allocation than the uniform one, or a further parameter, keeps the colour and gets a marker and dashes of its own.
         """
         if name == DENSE:
             return {"color": DENSE_COLOUR, "marker": "none", "linestyle": "solid"}
-        criterion, _, allocation = name.partition("@")
+        criterion, _, way = name.partition("@")
         own = look(self._place(criterion))
-        if not allocation:
+        if not way:
             return own
-        known = sorted(self._allocations)
-        shifted = self._place(criterion) + ALLOCATION_STEP * (1 + known.index(allocation) if allocation in known else 1)
+        shifted = self._place(criterion) + ALLOCATION_STEP * (1 + self._ways.index(way) if way in self._ways else 1)
         return look(shifted) | {"color": own["color"]}
 
     def pair_look(self, a: str, b: str) -> dict:
@@ -218,7 +233,7 @@ class Legend:
         What an allocation reads beside shares the criterion's forward pass. Infinite for a criterion that silences every neuron
         in turn.
         """
-        own, allocation = self._criterion(name).passes, self._allocations.get(name.partition("@")[2])
+        own, allocation = self._criterion(name).passes, self._allocations.get(self.parts(name.partition("@")[2])[0])
         if own.per_neuron:
             return float("inf")
         read = [variant.passes for variant in criteria.variants(allocation.member.reads)] if allocation else []
@@ -239,9 +254,23 @@ class Legend:
         return self.look(name)["color"]
 
 
-def series(criterion: str, allocation: str = UNIFORM) -> str:
-    """Return the name of a criterion with an allocation, under which frames and figures know it."""
-    return criterion if allocation == UNIFORM else f"{criterion}@{allocation}"
+def way(allocation: str = UNIFORM, further: str = "") -> str:
+    """Return the name of an allocation with the further parameters that tell its models apart, in words."""
+    return ", ".join(part for part in (allocation if allocation != UNIFORM else "", further) if part) or UNIFORM
+
+
+def series(criterion: str, allocation: str = UNIFORM, further: str = "") -> str:
+    """Return the name under which frames and figures know a criterion with an allocation and further parameters.
+
+    That is `criterion`, or `criterion@way` where `way` says more than that widths are uniform.
+    """
+    name = way(allocation, further)
+    return criterion if name == UNIFORM else f"{criterion}@{name}"
+
+
+def natural(text: str) -> list:
+    """Return a sort key of `text` under which a number stands for its value: 8 before 16."""
+    return [float(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))]
 
 
 def _name(spec: str | dict) -> str:

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from hfprune_nb.report import intervals, style
+from hfprune_nb.report.apart import told_apart
 from hfprune_nb.report.paper import read
 from hfprune_nb.report.protocol import protocol_note
 from hfprune_nb.report.results import (
@@ -20,6 +21,7 @@ from hfprune_nb.report.results import (
     Results,
     collect,
     columns,
+    model_row,
     percent,
     read_summary,
     sample,
@@ -78,13 +80,14 @@ class Recovered:
 
     def __init__(self, evaluation_folders: Iterable[Path], split: str = "none"):
         folders = [Path(folder) for folder in evaluation_folders]
-        summaries = [summary for summary in map(read_summary, folders) if split_of(summary) in (style.DENSE, split)]
+        read = told_apart((read_summary(folder), folder) for folder in folders)
+        summaries = [summary for summary, _ in read if split_of(summary) in (style.DENSE, split)]
         self.by_treatment: dict[tuple[bool, str], Results] = {
             found: collect(folders, *found, split) for found in sorted({treatment(summary) for summary in summaries})
         }
         self.spent = [
             {name: summary[name] for name in ("model", "ratio", "seed", "compensation")}
-            | {"criterion": style.series(summary["criterion"], summary.get("allocation", style.UNIFORM))}
+            | {"criterion": model_row(summary)["criterion"]}
             | summary["recovery"]
             for summary in summaries
             if summary.get("tuned")

@@ -9,7 +9,7 @@ import seaborn
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from hfprune_nb.report.results import percent, pruning_facts
+from hfprune_nb.report.results import percent, prunings, way_of
 from hfprune_nb.report.style import STYLE, UNIFORM, WIDTH, Legend, closed, message, neutral
 from hfprune_nb.report.table import ABSENT, Table
 
@@ -21,9 +21,9 @@ SHAPE = ["narrowest", "widest", "levels", "lost", "rounding", *MEASURED]
 def widths(pruning_folders: Iterable[Path]) -> pd.DataFrame:
     """Return `width` and the fraction `kept` of each layer of each pruned model, a row each."""
     rows = []
-    for facts in map(pruning_facts, pruning_folders):
+    for facts, _ in prunings(pruning_folders):
         ratio = round(float(facts["ratio"] if facts["ratio"] is not None else facts["neuron_ratio"]), 4)
-        point = [facts["model"], ratio, facts.get("allocation", UNIFORM), facts["criterion"], facts["seed"]]
+        point = [facts["model"], ratio, way_of(facts), facts["criterion"], facts["seed"]]
         for layer, (before, after) in enumerate(zip(facts["width_before"], facts["widths"], strict=True)):
             rows.append([*point, layer, after, after / before if before else 0.0])
     return pd.DataFrame(rows, columns=WIDTHS)
@@ -65,7 +65,7 @@ def widths_table(pruning_folders: Iterable[Path], legend: Legend) -> Table:
     lost : fraction of the importance removed, the mean of layers and models; rounding : how much of it `multiple_of` and `levels`
     add; predicted_kl : the sum of layers' measured losses, in nats; joint_kl : what they do together.
     """
-    rows = [_shape(facts) for facts in map(pruning_facts, pruning_folders)]
+    rows = [_shape(facts) for facts, _ in prunings(pruning_folders)]
     frame = pd.DataFrame(rows, columns=[*POINT, *SHAPE]).astype(dict.fromkeys(SHAPE, float))
     grouped = frame.groupby(POINT, sort=False)
     long = grouped[SHAPE].mean().assign(n_models=grouped.size()).reset_index()
@@ -99,7 +99,7 @@ def _shape(facts: dict) -> list:
     return [
         facts["model"],
         ratio,
-        facts.get("allocation", UNIFORM),
+        way_of(facts),
         min(facts["widths"]),
         max(facts["widths"]),
         len(set(facts["widths"])),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from hfprune_nb import criteria, paths, text_files
+from hfprune_nb import allocations, criteria, paths, text_files
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs import grid, parameters, recipes, stage
 from hfprune_nb.runs.stages import STAGES
@@ -126,6 +126,7 @@ def _checked(path: Path, content: dict) -> Study:
     required = {"models", "seeds", "criteria"} if not alone or content.keys() & AXES.keys() else {"models"}
     lists = {key: _list(key, content.get(key), key in required) for key in ("models", "assets", "recovery_criteria", *AXES)}
     variants = criteria.variants(lists["criteria"])
+    allocations.variants(lists["allocations"])
     names = [variant.name for variant in variants]
     tuned = lists["recovery_criteria"] or [variant.name for variant in variants if not variant.criterion.baseline]
     for name in tuned:
@@ -138,6 +139,8 @@ def _checked(path: Path, content: dict) -> Study:
             axes[name][parameter] = _values(key, name, parameter, values)
     for name, own in _mapping("axes", content.get("axes")).items():
         _refuse_unknown({name: own}, STAGES, "section axes: ")
+        if own and not STAGES[name].told_apart:
+            raise UserError(f"axes.{name}: no table tells these apart: write a study for each value, that extends this one")
         for parameter, values in _mapping(f"axes.{name}", own).items():
             key = f"axes.{name}.{parameter}"
             axes[name][parameter] = _values(key, name, parameter, _list(key, values, True))

@@ -58,7 +58,8 @@ class Stage:
     name, notebook : inputs : its parameters that are artifacts of other stages.
     section : the section of a study file without which the stage is left out of that study; empty: never.
     axes : key of a study file -> the parameter that takes each value of that list in turn; any other parameter may be listed in
-    the file's section `axes`. grid : further parameters that the grid sets.
+    the file's section `axes`, unless tables would mix results that differ in one: `told_apart` is False. grid : further
+    parameters that the grid sets.
     choices : parameter -> its possible values, beside those in CHOICES.
     exported : whether its tables and figures are shown with the study's. files : parameters that may name files or folders, whose
     content then is part of the key. version : raise it when the same parameters give other results than before; it is part of
@@ -72,6 +73,7 @@ class Stage:
     axes: ClassVar[dict[str, str]] = {}
     grid: ClassVar[tuple[str, ...]] = ("model",)
     choices: ClassVar[dict[str, tuple]] = {}
+    told_apart: ClassVar[bool] = True
     exported: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]] = ("model",)
     version: ClassVar[int] = 1

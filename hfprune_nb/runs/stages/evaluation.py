@@ -37,6 +37,7 @@ class Evaluation(Stage):
         ),
     }
     choices = {"task_source": ("auto", "local", "hub"), "metric": ("paper", "acc")}
+    told_apart = False
     files = ("model", "perplexity_corpora")
     version = 3  # the dense evaluation keeps the held-out windows; dtype is float32 by default, was bfloat16
 

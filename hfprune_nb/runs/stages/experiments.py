@@ -11,6 +11,7 @@ class Experiments(Stage):
     name = "experiments"
     notebook = "08_experiments.ipynb"
     section = "experiments"
+    told_apart = False
     files = ("model", "corpora", "own_text")
     version = 2  # dtype is float32 by default, was bfloat16
 

@@ -16,6 +16,7 @@ class Recovery(Stage):
     section = "recovery"
     choices = {"recipe": ("hfprune-lora", "sdmprune-lora", "full")}
     exported = True
+    told_apart = False
     files = ("model", "data")
     version = 2  # dtype is float32 by default, was bfloat16
 
