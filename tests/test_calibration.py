@@ -70,6 +70,21 @@ def test_each_window_is_a_stretch_of_its_own_document(tokenizer, bos):
         assert tokenizer.decode(ids[bos:]).encode() == whole[start : start + 64 - bos]
 
 
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_windows_of_one_document_lie_side_by_side(tokenizer, tmp_path, most):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(" ".join(f"w{n}x{m}" for m in range(40 + 90 * n)) for n in range(6)))
+    found = calibration.windows(tokenizer, corpus, 5, 32, 0, bos=False, progress=False, windows_per_document=most)
+    more = calibration.windows(
+        tokenizer, corpus, 6 if most > 1 else 5, 32, 0, bos=False, progress=False, windows_per_document=most
+    )
+    assert (more.ids[:5] == found.ids).all(), "fewer windows are the first of more"
+    for _, part in found.table().groupby("document_hash"):
+        starts = np.sort(part["start"])
+        assert len(part) <= most and (np.diff(starts) >= 32).all() and starts[-1] + 32 <= part["document_length"].iloc[0]
+    assert len(set(found.document_hashes)) == 5 if most == 1 else len(set(found.document_hashes)) < 5
+
+
 def test_same_arguments_same_bytes(tokenizer, tmp_path):
     for name in ("one", "two"):
         windows(tokenizer).save(tmp_path / name)

@@ -9,6 +9,7 @@ import synthetic
 
 from hfprune_nb.cli import main
 from hfprune_nb.errors import UserError
+from hfprune_nb.inputs.calibration import Windows
 from hfprune_nb.report import power
 from hfprune_nb.report.intervals import estimate
 from hfprune_nb.report.results import collect, columns
@@ -126,7 +127,9 @@ def chain(study, n_items=20):
 
     made = [put("evaluation", 99, [], lambda to: synthetic.evaluation(to, n_items=n_items), device="cpu")]
     for seed in (0, 1, 2):
-        windows = put("calibration", seed, [], seed=seed)
+        # Each seed has a document of the one before, whose window begins 128 tokens later.
+        text = Windows(np.zeros((2, 256)), [f"{seed}", f"{seed + 1}"], [0, 128], [900, 900])
+        windows = put("calibration", seed, [], text.save, seed=seed)
         given = {"calibration": windows.reference, "criteria": list(synthetic.THREE), "device": "cpu"}
         scores = put("scoring", seed, [windows.reference], **given)
         for i, name in enumerate(synthetic.THREE):
@@ -137,6 +140,12 @@ def chain(study, n_items=20):
             write = lambda to, n=name, s=seed: synthetic.evaluation(to, n, 0.2, s, n_items=n_items)  # noqa: E731
             made.append(put("evaluation", 10 * seed + i, inputs, write, **given))
     return made
+
+
+def test_seeds_say_how_much_text_they_share(tmp_path):
+    made = chain(tmp_path / "study")
+    assert "share 33 % of their documents and 16.7 % of their tokens (mean of 3 pairs)" in lineage.shared_text(made)
+    assert lineage.shared_text(made[:1]) == "", "the dense model has no calibration text"
 
 
 def test_hours_are_those_of_the_forecast(tmp_path):

@@ -1,6 +1,7 @@
 """Corpus -> documents -> token windows, the same for calibration and for held-out evaluation text.
 
-A window is `seq_len` consecutive tokens of one document; a document gives one window, so that no text is counted twice.
+A window is `seq_len` consecutive tokens of one document; windows never overlap, so that no text is counted twice. A document
+gives one window, or up to `windows_per_document`.
 Everything random comes from `seed`: the same arguments give the same bytes.
 """
 
@@ -153,6 +154,7 @@ def windows(
     vocab_size: int | None = None,
     progress: bool = True,
     scratch: Path | None = None,
+    windows_per_document: int = 1,
 ) -> Windows:
     """Cut one window of `seq_len` tokens at a random place out of each of `n_windows` documents.
 
@@ -160,12 +162,15 @@ def windows(
     than a window, and repeated ones, are passed over. Every window begins with what `tokenization.prefix` gives for `bos`, and
     the text gives so many tokens less. No other special token is added, nothing is padded.
     chat_template : `text_column` holds conversations, which the tokenizer's chat template renders.
+    windows_per_document : a document gives as many windows, side by side at random places, as it is long enough for; so a small
+    corpus lasts for more seeds that share less of it.
     vocab_size : rows of the model's embedding; text that spells out a token beyond them is refused.
     scratch : a folder from which a run with the same arguments that was killed goes on.
     Raises UserError when the corpus is empty, has too few documents that are long enough, or the tokenizer lacks what is asked.
     """
     corpus = str(corpus)
-    for name, value, least in (("n_windows", n_windows, 1), ("seq_len", seq_len, 2), ("seed", seed, 0)):
+    least_values = (("n_windows", n_windows, 1), ("seq_len", seq_len, 2), ("seed", seed, 0))
+    for name, value, least in (*least_values, ("windows_per_document", windows_per_document, 1)):
         if not isinstance(value, Real) or value % 1:
             raise UserError(f"{name}={value!r} is no whole number")
         if value < least:
@@ -179,6 +184,7 @@ def windows(
     if scratch:
         settings = {"corpus": corpus, "split": split, "n_windows": n_windows, "seq_len": seq_len, "seed": seed, "prefix": prefix}
         settings |= {"text_column": text_column, "chat_template": chat_template, "tokenizer": tokenizer.name_or_path}
+        settings |= {"windows_per_document": windows_per_document}
         claim(scratch, settings)
     checkpoint = scratch / "windows.partial.safetensors" if scratch else None
     if checkpoint and checkpoint.is_file():
@@ -200,18 +206,20 @@ def windows(
             if len(ids) < text_length:
                 passed_over[short] += 1
                 continue
-            start = int(random.integers(len(ids) - text_length + 1))
-            rows.append(np.array(prefix + ids[start : start + text_length], dtype=np.int32))
-            found.document_hashes.append(digest)
-            found.starts.append(start)
-            found.document_lengths.append(len(ids))
+            before, count = len(rows), min(windows_per_document, len(ids) // text_length)
+            gaps = np.sort(random.integers(len(ids) - count * text_length + 1, size=count))
+            for start in (gaps + text_length * np.arange(count)).tolist()[: n_windows - before]:
+                rows.append(np.array(prefix + ids[start : start + text_length], dtype=np.int32))
+                found.document_hashes.append(digest)
+                found.starts.append(start)
+                found.document_lengths.append(len(ids))
             speed = (read - read_before) / max(time.monotonic() - began, 1e-9)
             bar.set_description_str(f"{corpus} {split}, {read:,} documents at {speed:,.0f} a second", refresh=False)
-            bar.update()
+            bar.update(len(rows) - before)
             if len(rows) == n_windows:
                 found.ids, found.passed_over = np.stack(rows).astype(np.int64), dict(passed_over)
                 return found
-            if checkpoint and len(rows) % CHECKPOINT_EVERY == 0:
+            if checkpoint and len(rows) // CHECKPOINT_EVERY > before // CHECKPOINT_EVERY:
                 table = [found.document_hashes, found.starts, found.document_lengths]
                 state = {"read": read, "longest": longest, "short": passed_over[short], "table": table}
                 state["random"] = random.bit_generator.state
@@ -227,8 +235,9 @@ def windows(
             f"{longest} tokens: lower seq_len{unit}"
         )
     raise UserError(
-        f"corpus {corpus!r} ({split}) has {len(rows)} documents of at least {text_length} tokens, fewer than "
-        f"n_windows={n_windows}: lower n_windows or seq_len{unit}; {passed_over_words(passed_over)}"
+        f"corpus {corpus!r} ({split}) has {len(set(found.document_hashes))} documents of at least {text_length} tokens, fewer "
+        f"than n_windows={n_windows}: lower n_windows or seq_len, or raise windows_per_document{unit}; "
+        f"{passed_over_words(passed_over)}"
     )
 
 

@@ -1,7 +1,12 @@
 """What finished artifacts were made from, and what all of that takes."""
 
 import functools
+import itertools
+import json
 from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
 
 from hfprune_nb import criteria
 from hfprune_nb.runs import forecast
@@ -42,6 +47,32 @@ def cost_sentence(artifacts: Iterable[Artifact]) -> str:
     total = sum(spent.values())
     parts = ", ".join(f"{100 * each / total:.0f} % {stage}" for stage, each in spent.items() if each > 0.05 * total)
     return f"By the kit's measured rates this takes {forecast.in_words(total)}, one job after another ({parts})."
+
+
+def shared_text(artifacts: Iterable[Artifact]) -> str:
+    """Return a sentence on how much calibration text two seeds share of which these artifacts were made; empty for one seed.
+
+    Means over all pairs of seeds with otherwise equal parameters: the share of the documents of one that the other has as well,
+    and of its tokens. Seeds that share text differ by less than seeds on fresh text do.
+    """
+    groups: dict[str, list] = {}
+    for reference, artifact in sorted(lineage(artifacts).items()):
+        if reference.startswith("calibration/"):
+            own = json.dumps({name: value for name, value in artifact.parameters.items() if name != "seed"}, sort_keys=True)
+            table = pd.read_parquet(artifact.path("windows.parquet"))
+            groups.setdefault(own, []).append((artifact.parameters["seq_len"], table))
+    pairs = [pair for group in groups.values() for pair in itertools.combinations(group, 2)]
+    if not pairs:
+        return ""
+    documents, tokens = [], []
+    for (seq_len, one), (_, other) in pairs:
+        documents.append(one["document_hash"].drop_duplicates().isin(other["document_hash"]).mean())
+        met = one.merge(other, on="document_hash", suffixes=("", "_other"))
+        tokens.append((seq_len - (met["start"] - met["start_other"]).abs()).clip(lower=0).sum() / (seq_len * len(one)))
+    return (
+        f"Two calibration seeds share {100 * np.mean(documents):.0f} % of their documents and {100 * np.mean(tokens):.1f} % of "
+        f"their tokens (mean of {len(pairs)} pairs): what differs between them would differ more on fresh text."
+    )
 
 
 def unit_hours(
