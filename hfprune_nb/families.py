@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from hfprune_nb.errors import UserError
 
@@ -25,12 +25,12 @@ class Setting:
     the words that a label says for it. Its type is that of the default.
     """
 
-    default: object
+    default: Any
     meaning: str
     low: float | None = None
     high: float | None = None
     open: bool = False
-    choices: dict[str, str] | None = None
+    choices: dict[Any, str] | None = None
 
     def check(self, owner: str, name: str, value):
         """Return `value` in the type of the default; raise UserError for another type or a value that is out of bounds."""
@@ -101,15 +101,18 @@ class Member:
         return {name: setting.check(owner, name, given[name]) for name, setting in cls.settings.items()}
 
 
+M = TypeVar("M", bound=Member)
+
+
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class Variant(Generic[M]):
     """A member with all its settings, under the name by which a study and its artifacts know it."""
 
     name: str
-    member: type[Member]
+    member: type[M]
     settings: dict
 
-    def create(self) -> Member:
+    def create(self) -> M:
         """Return the member with these settings."""
         return self.member(**self.settings)
 
@@ -136,8 +139,11 @@ class Variant:
         return self.member.rank, self.member.name, bool(self.changed), self.name
 
 
+V = TypeVar("V", bound=Variant)
+
+
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Family(Generic[M, V]):
     """The members that a package holds, one file each: a new file is a new member.
 
     package : its dotted name; base : what members derive from; plural : what messages call them; variant : the class of what
@@ -145,20 +151,20 @@ class Family:
     """
 
     package: str
-    base: type[Member]
+    base: type[M]
     plural: str
-    variant: type[Variant] = Variant
-    registered: dict[str, type[Member]] = dataclasses.field(default_factory=dict)
+    variant: type[V]
+    registered: dict[str, type[M]] = dataclasses.field(default_factory=dict)
 
-    def classes(self) -> dict[str, type[Member]]:
+    def classes(self) -> dict[str, type[M]]:
         """Return the members by name."""
-        found = {}
+        found: dict = {}
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
             members = vars(importlib.import_module(f"{self.package}.{module.name}")).values()
             found |= {c.name: c for c in members if inspect.isclass(c) and issubclass(c, self.base) and "name" in vars(c)}
         return dict(sorted((found | self.registered).items()))
 
-    def register(self, member: type[Member]) -> type[Member]:
+    def register(self, member: type[M]) -> type[M]:
         """Make a class that stands in no file of the package, such as one of a notebook's cell, a member in this process.
 
         Returns it, so that it serves as a decorator; a class of the same name that was registered before is replaced. Raises
@@ -175,7 +181,7 @@ class Family:
         self.registered[member.name] = member
         return member
 
-    def find(self, name: str) -> type[Member]:
+    def find(self, name: str) -> type[M]:
         """Return the member called `name`; raise UserError for an unknown one."""
         classes = self.classes()
         if name not in classes:
@@ -183,14 +189,14 @@ class Family:
             raise UserError(f"{self.base.noun} '{name}' is unknown: {known}")
         return classes[name]
 
-    def variants(self, specs: str | dict | Variant | Iterable) -> list[Variant]:
+    def variants(self, specs: str | dict | Variant | Iterable) -> list[V]:
         """Return the variants that `specs` name, in their order.
 
         Raises UserError for what is no spec, an unknown member or setting, a value out of bounds, and a name that is used twice.
         """
-        found = {}
+        found: dict[str, V] = {}
         for spec in [specs] if isinstance(specs, str | dict | Variant) or not isinstance(specs, Iterable) else specs:
-            variant = spec if isinstance(spec, Variant) else self._read(spec)
+            variant: Any = spec if isinstance(spec, Variant) else self._read(spec)
             if variant.name in found:
                 raise UserError(
                     f"{self.plural}: '{variant.name}' is named twice: give one of them another name, {{..., as: NAME}}."
@@ -198,7 +204,7 @@ class Family:
             found[variant.name] = variant
         return list(found.values())
 
-    def _read(self, spec) -> Variant:
+    def _read(self, spec) -> V:
         mapping = {spec: {}} if isinstance(spec, str) else spec
         chosen = [name for name in mapping if name != "as"] if isinstance(mapping, dict) else []
         if len(chosen) != 1 or not isinstance(mapping[chosen[0]] or {}, dict):

@@ -8,7 +8,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -148,8 +148,10 @@ def _open(file: Path, what: str) -> BinaryIO:
     for beginning, problem in _ARCHIVES.items():
         if head.startswith(beginning):
             raise UserError(f"{what} {file} {problem}")
-    opened = next((opened for magic, opened in _DECOMPRESSED.items() if head.startswith(magic)), Path.open)
-    return opened(file, "rb")
+    for magic, opened in _DECOMPRESSED.items():
+        if head.startswith(magic):
+            return opened(file, "rb")
+    return file.open("rb")
 
 
 def _open_zstandard(file: Path, _mode: str) -> BinaryIO:
@@ -159,7 +161,7 @@ def _open_zstandard(file: Path, _mode: str) -> BinaryIO:
 
 
 # By content: a suffix may be missing, or left over where a browser has unpacked the file.
-_DECOMPRESSED = {
+_DECOMPRESSED: dict[bytes, Callable] = {
     b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x28\xb5\x2f\xfd": _open_zstandard,
 }  # fmt: skip
 

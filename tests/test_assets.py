@@ -245,6 +245,18 @@ def test_local_folders_of_the_users_pip_serve(index, monkeypatch, tmp_path, sett
     assert index.requests == [] and all((mirror / name).is_file() for name in FILES)
 
 
+def test_a_page_of_links_serves(index, monkeypatch, tmp_path):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    page = tmp_path / "links.html"
+    page.write_text("".join(f'<a href="{name}">{name}</a>' for name in FILES))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", page.as_uri())
+    assets._pip_settings.cache_clear()
+    assert assets.fetch("toy", progress=False).read_bytes() == FIRST + SECOND
+    assert index.requests == []
+
+
 @pytest.mark.parametrize("flag", ["HF_HUB_OFFLINE", "HFPRUNE_OFFLINE"])
 def test_offline_and_not_cached_says_how_to_fetch(index, monkeypatch, flag):
     monkeypatch.setenv(flag, "1")

@@ -35,7 +35,7 @@ _NEEDS = {
     "measure": "calibration windows to measure on: give a Measurement",
 }
 
-_FAMILY = Family(__name__, AllocationRule, "allocations")
+_FAMILY: Family[AllocationRule, Variant] = Family(__name__, AllocationRule, "allocations", Variant)  # type: ignore[type-abstract]
 
 
 def names() -> list[str]:
@@ -57,8 +57,11 @@ def variants(specs: str | dict | Variant | Iterable) -> list[Variant]:
     return _FAMILY.variants(specs)
 
 
-def check(allocation: Variant, criterion: Variant) -> None:
-    """Raise UserError for an allocation that ranks neurons of different layers by scores that cannot be compared."""
+def check(allocation: Variant, criterion) -> None:
+    """Raise UserError for an allocation that ranks neurons of different layers by scores that cannot be compared.
+
+    criterion : a variant of the criteria's family.
+    """
     if allocation.member.needs_comparable and not criterion.between_layers:
         raise UserError(
             f"allocation '{allocation.name}' ranks neurons of all layers together, and scores of criterion '{criterion.name}' "

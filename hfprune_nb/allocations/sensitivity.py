@@ -45,7 +45,7 @@ class Sensitivity(MeasuredRule):
 
 def minorant(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return the corners of the greatest convex function below `points` (x, y), which ascend in x."""
-    corners = []
+    corners: list = []
     for x, y in points:
         while len(corners) > 1:
             (first, low), (second, high) = corners[-2:]

@@ -3,11 +3,12 @@
 import argparse
 import math
 import sys
+from typing import Any
 
 
 def command(parent, name: str, purpose: str, examples: str = "", run=None) -> argparse.ArgumentParser:
     """Return the parser of a command, a part of `parent` or the whole; `run` is called with its options."""
-    options = {
+    options: dict[str, Any] = {
         "description": purpose[0].upper() + purpose[1:].removesuffix(".") + ".",
         "epilog": examples,
         "formatter_class": argparse.RawDescriptionHelpFormatter,

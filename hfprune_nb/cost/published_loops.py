@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -195,10 +195,12 @@ def ablation(model, windows: np.ndarray, batch_size: int = 4) -> list[Contestant
 
 def in_half_and_in_float64(model, windows: np.ndarray, batch_size: int = 0) -> tuple[dict, dict]:
     """Return the engine's importance of the three criteria, of `model` as it is and of a float64 copy of it."""
-    criteria = ["one_hot_ce", {"self_distillation": SDMPRUNE}, "entropy"]
-    settings = {"batch_size": batch_size, "progress": False}
-    pair = (score(network, windows, criteria, **settings).importance for network in (model, copy.deepcopy(model).double()))
-    return tuple(pair)
+    criteria: list[str | dict] = ["one_hot_ce", {"self_distillation": SDMPRUNE}, "entropy"]
+    here, wide = (
+        score(network, windows, criteria, batch_size=batch_size, progress=False).importance
+        for network in (model, copy.deepcopy(model).double())
+    )
+    return here, wide
 
 
 def per_window(model, windows: np.ndarray, progress: bool = True) -> list[torch.Tensor]:
@@ -213,7 +215,7 @@ def per_window(model, windows: np.ndarray, progress: bool = True) -> list[torch.
     return [torch.stack(list(rows)) for rows in zip(*found, strict=True)]
 
 
-def variants(model, ratios: list[float], multiples: list[int] = (1,)) -> tuple[dict, list[dict]]:
+def variants(model, ratios: list[float], multiples: Sequence[int] = (1,)) -> tuple[dict, list[dict]]:
     """Return `model` and narrower copies of it by name, and what each is: model, ratio, multiple_of.
 
     A copy has lost a ratio of all parameters, its width a multiple of one of `multiples`; which neurons stay does not matter

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-class Variant(families.Variant):
+class Variant(families.Variant[Criterion]):
     """A criterion with all its settings, under the name by which a study and its artifacts know it."""
 
     @property

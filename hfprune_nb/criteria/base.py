@@ -77,6 +77,8 @@ class LogitCriterion(Criterion):
     passes = Passes(forward=1, backward=1)
     needs: tuple[str, ...] = ()
     draws = 1
+    aggregation: str
+    reduction: str
     settings = {
         "reduction": Setting(
             "absolute",
@@ -105,7 +107,7 @@ class LogitCriterion(Criterion):
         return complete
 
     @property
-    def of_groups(self) -> bool:
+    def of_groups(self) -> bool:  # type: ignore[override]  # a fact of the class, or of its settings
         """Whether its products are with activations, which groups have as well."""
         return self.aggregation == "activation"
 

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -26,7 +26,7 @@ import filelock
 import requests
 import tenacity
 import yaml
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, ProjectPage, PyPISimple, RepositoryPage
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, ProjectPage, PyPISimple
 from tqdm.auto import tqdm
 
 from hfprune_nb import paths
@@ -254,7 +254,7 @@ def _check_space(asset: Asset, partial: Path) -> None:
 
 
 @contextmanager
-def _open_member(archive: Path, name: str) -> Iterator[BinaryIO]:
+def _open_member(archive: Path, name: str) -> Iterator[IO[bytes]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as wheel, wheel.open(name) as stream:
             yield stream
@@ -366,8 +366,10 @@ _retry = tenacity.retry(
 def _locate(package: Package, asset: Asset) -> str:
     """Return where the pinned file is: in a find-links place first, then in the indexes, as pip looks."""
     failures = []
+    places: list[tuple[Callable[[str, Package], str | None], str]]
     places = [(_find_links, place) for place in _pip_settings().get("find-links", "").split()]
-    for search, place in [*places, *((_search_index, index) for index in _indexes())]:
+    places += [(_search_index, index) for index in _indexes()]
+    for search, place in places:
         try:
             if location := search(place, package):
                 return location
@@ -391,19 +393,19 @@ def _find_links(place: str, package: Package) -> str | None:
     """Look in a find-links place, which is a folder of files or an HTML page of links."""
     local = _local_path(place)
     if local is None:
-        return _choose(_page_of_links(place), package)
+        return _choose(_page_of_links(place, package.package), package)
     if local.is_file():
-        page = RepositoryPage.from_html(local.read_bytes(), base_url=local.resolve().as_uri())
+        page = ProjectPage.from_html(package.package, local.read_bytes(), base_url=local.resolve().as_uri())
         return _choose(page.packages, package)
     return str(local / package.file) if (local / package.file).is_file() else None
 
 
 @_retry
-def _page_of_links(url: str) -> list:
+def _page_of_links(url: str, project: str) -> list:
     with _session(url) as session:
         response = session.get(url, timeout=_timeout())
         response.raise_for_status()
-        return RepositoryPage.from_html(response.content, base_url=response.url).packages
+        return ProjectPage.from_html(project, response.content, base_url=response.url).packages
 
 
 @_retry

@@ -84,7 +84,8 @@ class Windows:
             table = pd.read_parquet(Path(folder) / "windows.parquet")
         except Exception as error:
             raise UserError(f"the windows in {folder} are missing or damaged: delete that folder and rerun") from error
-        return cls(ids, *(table[column].tolist() for column in ("document_hash", "start", "document_length")), passed_over)
+        hashes, starts, lengths = (table[column].tolist() for column in ("document_hash", "start", "document_length"))
+        return cls(ids, hashes, starts, lengths, passed_over)
 
 
 def documents(
@@ -179,7 +180,8 @@ def windows(
     text_length = seq_len - len(prefix)
     # A stream of its own, so that window starts do not depend on how the documents were shuffled.
     random = np.random.default_rng([seed, 1])
-    found, passed_over, read = Windows(np.empty((0, seq_len), dtype=np.int32)), Counter(), 0
+    found, read = Windows(np.empty((0, seq_len), dtype=np.int32)), 0
+    passed_over: Counter = Counter()
     rows, longest, short = [], 0, "shorter than a window"
     if scratch:
         settings = {"corpus": corpus, "split": split, "n_windows": n_windows, "seq_len": seq_len, "seed": seed, "prefix": prefix}
@@ -357,7 +359,8 @@ def _texts(
 ) -> Iterator[str]:
     """Yield the text in `column` of every (place, record) that has any; conversations as the tokenizer's template has them."""
     passed_over = Counter() if passed_over is None else passed_over
-    names, found, count = {}, False, 0
+    names: dict = {}
+    found, count = False, 0
     for count, (place, record) in enumerate(records, 1):
         if not found:
             found = column in record

@@ -349,7 +349,8 @@ class _Patience:
         return state.outcome.result()  # raises what the last request raised
 
 
-_patience = collections.defaultdict(_Patience)  # host -> its own: libraries ask others than the hub, too
+# Host -> its own: libraries ask others than the hub, too.
+_patience: collections.defaultdict[str, _Patience] = collections.defaultdict(_Patience)
 
 
 def _is_busy(response) -> bool:

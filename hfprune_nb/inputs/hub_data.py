@@ -71,7 +71,7 @@ def _read(data: DataSet, path: str) -> Iterator[tuple[str, dict]]:
 
 
 def _stirred(found: Iterator, random: np.random.Generator) -> Iterator:
-    held = []
+    held: list = []
     for record in found:
         if len(held) < SHUFFLE_BUFFER:
             held.append(record)

@@ -106,7 +106,8 @@ def pack(
         raise UserError("model: its tokenizer cannot tell prompt from response (it is not a fast one): choose another model.")
     if tokenizer.eos_token_id is None:
         raise UserError("model: its tokenizer has no EOS token, so no response could be taught to end: choose another model.")
-    rows, room = [], []
+    rows: list = []
+    room: list = []
     for input_ids, labels in _examples(tokenizer, chosen, min(seq_len, context or seq_len), tokenization.prefix(tokenizer, bos)):
         # `room` is kept ascending with the open rows beside it: the fullest row that still takes the example gets it.
         place = len(room) if alone else bisect.bisect_left(room, len(input_ids), key=lambda entry: entry[0])

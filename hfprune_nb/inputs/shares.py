@@ -18,7 +18,7 @@ def share_of_neurons(model: str) -> float | None:
 
     model : alias, hub id or local folder. None where its weights are not here yet, or are no safetensors.
     """
-    sizes = {}
+    sizes: dict = {}
     for file in _weights(model):
         with safe_open(file, framework="numpy") as tensors:
             sizes |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

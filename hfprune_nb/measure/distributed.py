@@ -32,7 +32,7 @@ def benchmark_items(
     scratch = Path(scratch)
     sizes = {name: len(task.eval_docs) for name, task in load_tasks(names, source).items()} if processes != 1 else {}
     if sizes:
-        fewest = min(sizes, key=sizes.get)
+        fewest = min(sizes, key=sizes.__getitem__)
         items = min(limit, sizes[fewest]) if limit > 0 else sizes[fewest]
         group.check(processes, items, f"items of {fewest}", _place(model))
         checkpoint = scratch / "checkpoint"

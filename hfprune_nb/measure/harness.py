@@ -228,7 +228,8 @@ def _shared(one: list[int], other: list[int]) -> int:
 
 def _questions(sequences: dict[int, list[int]]) -> list[tuple[int, list[int]]]:
     """Group the sequences that begin alike; return (tokens, indices) of each group, the largest first."""
-    groups, previous = [], []
+    groups: list = []
+    previous: list = []
     for index in sorted(sequences, key=sequences.__getitem__):
         sequence = sequences[index]
         length, shared = len(sequence), _shared(previous, sequence)

@@ -52,7 +52,8 @@ def save_checkpoint(model, tokenizer, folder: str | Path, padded: bool = False) 
         raise UserError(
             f"padded: {architecture} is no class of transformers, so its layers must be equally wide: set padded to true."
         )
-    with full_disk_in_one_sentence(folder), _padded(model) if kind == PADDED else contextlib.nullcontext({}) as changed:
+    as_written: contextlib.AbstractContextManager[dict] = _padded(model) if kind == PADDED else contextlib.nullcontext({})
+    with full_disk_in_one_sentence(folder), as_written as changed:
         model.save_pretrained(folder, **changed)
         tokenizer.save_pretrained(folder)
         _describe(folder / "config.json", architecture, kind)

@@ -46,7 +46,7 @@ def _narrow_attention(model, groups) -> None:
         )
     for unit, row in zip(units, indices, strict=True):
         unit.keep(row)
-    set_groups(model.config.get_text_config(), units[0].queries, *counts, units[0].head_dim)
+    set_groups(model.config.get_text_config(), units[0].queries, min(counts), units[0].head_dim)
 
 
 def repair(model, repaired: dict[str, torch.Tensor]):
@@ -98,10 +98,10 @@ def rebuild(model, folder: str | Path):
 
 def save_kept(kept, file: str | Path) -> None:
     """Write kept indices of neurons or groups, one list or tensor for each layer, as safetensors: int64 tensors `layers.<l>`."""
-    save_tensors({f"layers.{layer}": torch.as_tensor(row, dtype=torch.int64) for layer, row in enumerate(kept)}, file)
+    save_tensors({f"layers.{layer}": torch.as_tensor(row, dtype=torch.int64) for layer, row in enumerate(kept)}, Path(file))
 
 
 def load_kept(file: str | Path) -> list[torch.Tensor]:
     """Read what `save_kept` wrote, one tensor for each layer; raise UserError for a missing or truncated file."""
-    tensors = load_tensors(file)
+    tensors = load_tensors(Path(file))
     return [tensors[f"layers.{layer}"] for layer in range(len(tensors))]

@@ -25,14 +25,14 @@ def has_tokenizer(source: str) -> bool:
     return (Path(source) / "tokenizer_config.json").is_file()
 
 
-def base(name: str, source: str) -> str:
+def base(name: str | Path, source: str) -> str:
     """Return the model that the adapters were trained on: a name, or a folder, sought beside the adapters too."""
     if not (found := hub.adapter_base(source)):
         raise UserError(f"model '{name}' holds adapters of no base model: set base_model_name_or_path in {_CONFIGURATION}.")
     return found
 
 
-def merge(name: str, model, source: str):
+def merge(name: str | Path, model, source: str):
     """Return `model` with the adapters in `source` merged into its weights, frozen.
 
     Raises UserError for adapters that cannot be merged or do not fit the model.

@@ -11,7 +11,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"  # how the text begins th
 _SHOWN = 3  # names in a sentence
 
 
-def check_configuration(name: str, folder: Path, trust_remote_code: bool = False) -> None:
+def check_configuration(name: str | Path, folder: Path, trust_remote_code: bool = False) -> None:
     """Raise UserError for a folder without config.json, and for a model that the kit cannot read, or must not.
 
     That is quantised weights, whose codes are no weights, and an architecture that comes as Python code, unless it is trusted.
@@ -100,7 +100,7 @@ def _is_coded(key: str, tensors) -> bool:
     return key.endswith("weight") and not tensors.get_slice(key).get_dtype().startswith(("BF16", "F16", "F32", "F64"))
 
 
-def _refuse_pointers(name: str, folder: Path) -> None:
+def _refuse_pointers(name: str | Path, folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
             raise UserError(

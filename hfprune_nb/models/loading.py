@@ -229,11 +229,11 @@ def _source(name: str | Path) -> str:
         return str(_cached(name, lambda folder: _convert_gguf(name, file, folder, name in _RETIED)))
     local = Path(name).expanduser()
     if name.endswith(".gguf"):
-        parent, _, file = name.rpartition("/")
+        parent, _, file_name = name.rpartition("/")
         if not local.is_file() and (not parent or local.parent.is_dir()):
             raise UserError(f"model '{name}' does not exist: give the path of a GGUF file, or OWNER/NAME/FILE.gguf of the hub.")
         with _one_sentence(name):
-            found = local if local.is_file() else hub.file(parent or ".", file)
+            found = local if local.is_file() else hub.file(parent or ".", file_name)
             state = f"{found.resolve()}:{found.stat().st_size}:{found.stat().st_mtime_ns}"
             key = f"{found.stem}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
             return str(_cached(key, lambda folder: _convert_gguf(name, found, folder, False)))

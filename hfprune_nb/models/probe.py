@@ -131,7 +131,9 @@ def check_recomputation(model) -> None:
     A layer whose keys and values serve later layers too (Gemma 3n and 4) has a gradient through these, which its own output does
     not show.
     """
-    layers, calls, outputs = model.get_decoder().layers, [], []
+    layers = model.get_decoder().layers
+    calls: list = []
+    outputs: list = []
 
     def note(_, args, kwargs):
         # Weights are frozen: without this leaf no graph exists.
@@ -166,7 +168,7 @@ def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _calls(model, modules) -> list[list]:
     """Return the arguments of every call of each module in one forward pass over a few tokens."""
-    calls = [[] for _ in modules]
+    calls: list[list] = [[] for _ in modules]
     with contextlib.ExitStack() as stack:
         for module, seen in zip(modules, calls, strict=True):
             hook = module.register_forward_pre_hook(

@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sized
-from typing import ClassVar
+from collections.abc import Sequence, Sized
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -241,7 +241,7 @@ def gated_mlp(index: int, mlp: nn.Module | None, architecture: str) -> GatedMLP:
     return found
 
 
-def kept_indices(units: list[GatedMLP] | list[AttentionGroups], kept) -> list[torch.Tensor]:
+def kept_indices(units: Sequence[GatedMLP | AttentionGroups], kept) -> list[torch.Tensor]:
     """Return the kept neurons, or groups, of each layer as int64 tensors on its device, after a check.
 
     kept : for each layer ascending indices, as a tensor, an array or a list. Raises UserError for another number of layers, and
@@ -254,7 +254,8 @@ def kept_indices(units: list[GatedMLP] | list[AttentionGroups], kept) -> list[to
             f"kept: indices for {len(kept)} layers do not fit the {len(units)} layers: prune the model that was scored."
         )
     found = []
-    for unit, row in zip(units, kept, strict=True):
+    rows: Any = kept
+    for unit, row in zip(units, rows, strict=True):
         layer, noun = unit.layer, unit.noun
         try:
             indices = torch.as_tensor(row if len(row) else [], dtype=None if len(row) else torch.int64)

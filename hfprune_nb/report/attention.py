@@ -61,13 +61,14 @@ def attention_table(evaluation_folders: Iterable[Path]) -> Table | None:
                 keys = {name: point[name] for name in ("model", "ratio", "criterion", "groups_removed", "neuron_ratio")}
                 for column in columns(plain, point["model"]):
                     if column.measure in MEASURES:
-                        frames = [each.sample(tuned, "none", column, *_place(point)) for each in (recovered, by_split["none"])]
+                        both = (recovered, by_split["none"])
+                        own, without = (each.sample(tuned, "none", column, *_place(point)) for each in both)
                         named = {"column": column.name, "measure": column.measure, "label": column.label}
                         rows.append(
                             keys
                             | {"split": split, "state": state}
                             | named
-                            | _cell(*frames, point["groups_removed"], column.measure)
+                            | _cell(own, without, point["groups_removed"], column.measure)
                         )
     long = pd.DataFrame(rows)
     long["p_holm"] = long.groupby(["model", "column"])["p"].transform(lambda p: intervals.holm(p))

@@ -110,25 +110,25 @@ def _beside_paper(name: str, title: str, paper: pd.DataFrame, criterion: Table, 
                     cell = _at(ours, key, column)
                     row[f"{names[column]}, measured"] = format_cell(cell) if cell else ABSENT
             rows.append(row | {"Remark on the paper's value": "; ".join(remarks)})
-    notes = [
+    all_notes = [
         *notes,
         f"Columns marked paper are published single-run values of {PAPER_MODEL} on the paper's own protocol; they "
         "enter no mean and no interval. Columns marked measured are this study's.",
     ]
     if SD in set(paper["criterion"]) and SD in set(measured["criterion"]):
         own = [criterion.legend.label(name) for name in criterion.legend.variants(SD, measured["criterion"])]
-        notes.append(
+        all_notes.append(
             f"Beside the paper's SD stands {criterion.legend.label(SD)}, activation-wise as HFPrune's own criterion; the paper "
             "does not say whether it took that or SDMPrune's, which is weight-wise"
             + (f": {', '.join(own)}, a row of its own." if own else " and not in this study.")
         )
     if paper["inconsistent"].any():
-        notes.append(f"{INCONSISTENT} The paper contradicts this value elsewhere: see the remark and published_defects.")
+        all_notes.append(f"{INCONSISTENT} The paper contradicts this value elsewhere: see the remark and published_defects.")
     if measured.empty:
-        notes.append("Nothing of this table was measured in this study.")
+        all_notes.append("Nothing of this table was measured in this study.")
     long = pd.concat([frame for frame in (measured, paper) if len(frame)], ignore_index=True)
     display = pd.DataFrame(rows).fillna(ABSENT)
-    return Table(name, title, long, display, (*notes, *criterion.notes), criterion.legend)
+    return Table(name, title, long, display, (*all_notes, *criterion.notes), criterion.legend)
 
 
 def _paper_text(cell: dict) -> str:

@@ -89,7 +89,8 @@ def components(values: np.ndarray, weights: np.ndarray | None = None, groups: li
     noise_free = noise**2 / ((rest / rest_free / sizes / len(groups) ** 2) ** 2 / rest_free).sum() if noise > 0 else np.nan
     low, high = (dict(zip(KINDS, map(float, row), strict=True)) for row in bounds)
     p = float(stats.f.sf(together, n_seeds - 1, noise_free)) if np.isfinite(together) else np.nan
-    return Components(*map(float, found), low, high, float(together), p)
+    seed, item, residual = map(float, found)
+    return Components(seed, item, residual, low, high, float(together), p)
 
 
 def squares(values: np.ndarray, weights: np.ndarray, groups: list) -> tuple[np.ndarray, ...]:

@@ -88,11 +88,7 @@ def truth_table(frame: pd.DataFrame, legend: Legend, notes: Iterable[str] = ()) 
     display = []
     for (model, predictor), part in long.groupby(["model", "predictor"], sort=False):
         cells = part.set_index(["target", "scope"])
-        texts = {
-            heading: bounded(*cells.loc[place, ["spearman", "low", "high"]], ".2f")
-            for place, heading in TRUTH_COLUMNS.items()
-            if place in cells.index
-        }
+        texts = {heading: _estimate(cells.loc[place]) for place, heading in TRUTH_COLUMNS.items() if place in cells.index}
         display.append({"Model": model, "Prediction": SAME_TEXT.get(predictor) or legend.label(predictor)} | texts)
     method = (
         "Spearman rank correlation between predicted and measured damage, 95 % jackknife intervals over ablations: 1 is the same "
@@ -178,7 +174,11 @@ def _within(correlations: pd.DataFrame, name: str) -> str:
     target = "ce" if name == SIGNED else "kl"
     keys = correlations[["predictor", "target", "scope"]].apply(tuple, axis=1)
     row = correlations[keys.isin([(name, target, "within")])]
-    return "" if row.empty else f"\nwithin a layer: {bounded(*row[['spearman', 'low', 'high']].iloc[0], '.2f')}"
+    return "" if row.empty else f"\nwithin a layer: {_estimate(row.iloc[0])}"
+
+
+def _estimate(row: pd.Series) -> str:
+    return bounded(row["spearman"], row["low"], row["high"], ".2f")
 
 
 def truth_sentence(frame: pd.DataFrame, model: str, legend: Legend) -> str:

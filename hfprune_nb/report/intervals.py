@@ -46,7 +46,7 @@ class Errors:
 
     seeds: np.ndarray
     items: np.ndarray
-    seeds_df: np.ndarray
+    seeds_df: np.ndarray | np.float64
     items_df: np.ndarray
     items_alone: np.ndarray
 
@@ -217,7 +217,7 @@ def estimate(values: np.ndarray, weights: np.ndarray | None = None, groups: list
     n_seeds, n_items = values.shape[-2:]
     weights = np.ones(n_items) if weights is None else weights
     groups = [np.arange(n_items)] if groups is None else groups
-    per_seed, alone, residual, squares = 0.0, 0.0, 0.0, 0.0
+    per_seed, alone, residual, squares = (np.float64(0) for _ in range(4))
     with np.errstate(divide="ignore", invalid="ignore"):
         for group in groups:
             part, share, free = values[..., group], weights[group] / weights[group].sum(), len(group) - 1

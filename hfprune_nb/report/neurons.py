@@ -168,12 +168,12 @@ def overlap_map(scoring_folders: Iterable[Path], ratios: dict[str, float]) -> pd
     ratios : model -> fraction of its neurons that goes. One row per model and ordered pair (model, a, b, jaccard, n); a pair of
     equal names holds the overlap of two calibration seeds, and is missing where there is one seed.
     """
-    kept_by = {}
+    kept_by: dict = {}
     for facts, importance in map(scores, scoring_folders):
         for name, rows in importance.items():
             if facts["model"] in ratios:
                 kept_by.setdefault((facts["model"], name), {})[facts["seed"]] = kept_sets(rows, ratios[facts["model"]])
-    rows = []
+    found_rows: list[list] = []
     for (model, a), (other, b) in itertools.product(kept_by, repeat=2):
         if model != other:
             continue
@@ -181,8 +181,8 @@ def overlap_map(scoring_folders: Iterable[Path], ratios: dict[str, float]) -> pd
         seeds = itertools.combinations(left, 2) if a == b else ((seed, seed) for seed in left if seed in right)
         found = [np.mean(list(map(jaccard, left[one], right[two]))) for one, two in seeds]
         if found:
-            rows.append([model, a, b, np.mean(found), len(found)])
-    return pd.DataFrame(rows, columns=["model", "a", "b", "jaccard", "n"])
+            found_rows.append([model, a, b, np.mean(found), len(found)])
+    return pd.DataFrame(found_rows, columns=["model", "a", "b", "jaccard", "n"])
 
 
 def overlap_map_figure(overlaps: pd.DataFrame, model: str, legend: Legend) -> Figure:

@@ -37,7 +37,7 @@ def next_tokens(results: Results, model: str, ratio: float, n_prompts: int = 4, 
             layout="constrained",
             figsize=(WIDTH, 0.6 + (0.6 + 0.13 * n_tokens) * len(prompts)),
         )
-        shares = {}
+        shares: dict = {}
         for line, prompt_id, prompt in zip(axes, prompts["prompt_id"], prompts["prompt"], strict=True):
             here = rows[rows["prompt_id"] == prompt_id]
             dense = here[(here["source"] == "dense") & (here["criterion"] == criteria[0])].nsmallest(n_tokens, "rank")

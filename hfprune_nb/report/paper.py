@@ -4,6 +4,7 @@ Everything here is computed from `data/paper_tables.csv` and the sizes of the pu
 """
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def gaps(paper: pd.DataFrame) -> pd.DataFrame:
         place = (paper["table"] == table) & (paper["model"] == model)
         left, right = (_row_values(paper[place], method, 0 if method == "dense" else ratio) for method in (a, b))
         errors = [average_error({task: side.get(task, 50.0) for task in ITEMS}) for side in (left, right)]
-        half = z * float(np.hypot(*errors))
+        half = z * math.hypot(*errors)
         gap = left["avg10"] - right["avg10"]
         share = (gap * len(ITEMS) / (100 * z)) ** 2 / sum(1 / n for n in ITEMS.values())
         facts = {"table": table, "model": model, "ratio": ratio, "a": a, "b": b, "gap": gap, "unpaired_half_width": half}
@@ -154,7 +155,7 @@ def contradictions(paper: pd.DataFrame) -> pd.DataFrame:
 
 def inconsistent(paper: pd.DataFrame) -> pd.Series:
     """Return for every published value why the paper contradicts it, "" where it does not, with the index of `paper`."""
-    reasons = {label: [] for label in paper.index}
+    reasons: dict[str, list] = {label: [] for label in paper.index}
     for row in contradictions(paper).to_dict("records"):
         for label in row["cells"]:
             reasons[label].append(row["computed"])

@@ -220,7 +220,8 @@ def power_table(
             place = {"model": model, "ratio": at, "column": column.name, "measure": column.measure}
             rows += [place | row for row in _designs(asked, detect[column.measure], _today(results, model, at, column))]
             if column.tasks and (found := fewer_tasks(results, model, at, column, costs[model], detect["average"], **options)):
-                rows += [place | _design("fewer tasks", *found, detect["average"])] * (found[0].tasks != asked.tasks)
+                fewer, design = found
+                rows += [place | _design("fewer tasks", fewer, design, detect["average"])] * (fewer.tasks != asked.tasks)
     long = pd.DataFrame(rows, columns=list(FIELDS))
     notes = (
         "Designs that find the difference with 80 % chance by the kit's own test, at Holm's strictest level over the pairs of "

@@ -1,7 +1,7 @@
 """A study's artifacts as tidy frames: evaluations, scores, kept neurons, experiments."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,7 +213,7 @@ def _under_one_protocol(read: list[tuple[dict, Path]]) -> tuple[list[tuple[dict,
     return largest, [pair for group in groups.values() if group is not largest for pair in group]
 
 
-def _told_apart(listed: list[tuple[dict, Path]], beside: list[tuple[dict, Path]] = ()) -> str:
+def _told_apart(listed: list[tuple[dict, Path]], beside: Sequence[tuple[dict, Path]] = ()) -> str:
     """Return the evaluations' references, each with the settings in which they differ from each other or from those `beside`."""
     settings = [_settings(summary) | summary["protocol"].get("calibration", {}) for summary, _ in [*listed, *beside]]
     differ = [name for name in settings[0] if len({json.dumps(each.get(name)) for each in settings}) > 1]
@@ -388,7 +388,7 @@ def scores(scoring_folder: Path) -> tuple[dict, dict[str, list[np.ndarray]]]:
 
 def first_seeds(scoring_folders: Iterable[Path]) -> dict[str, Path]:
     """Return for each model the scoring artifact of its smallest seed."""
-    found = {}
+    found: dict = {}
     for folder in map(Path, scoring_folders):
         facts = _facts(folder / "scores.json")
         found.setdefault(facts["model"], []).append((facts["seed"] or 0, folder))

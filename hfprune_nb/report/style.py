@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -27,7 +28,7 @@ GREYS = ("#222222", "#6E6E6E", "#A6A6A6")  # of what is no criterion
 ALLOCATION_STEP = 5
 DENSE, DENSE_COLOUR, UNIFORM = "dense", "#000000", "uniform"
 REFERENCE = "entropy"  # the criterion of HFPrune, with which every other one is compared
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -334,7 +335,7 @@ def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None)
         fig.savefig(written[1], bbox_inches="tight", metadata={"Date": None})
     if fig.get_label():
         written.append(folder / f"{name}.txt")
-        written[-1].write_text(fig.get_label() + "\n", encoding="utf-8")
+        written[-1].write_text(f"{fig.get_label()}\n", encoding="utf-8")
     if data is not None:
         written.append(folder / f"{name}.csv")
         data.to_csv(written[-1], index=False, float_format=f"%.{DIGITS}g")

@@ -306,7 +306,7 @@ def _spent(recovered: Recovered, model: str, criterion: str, ratio: float, compe
 
 
 def _spent_sentence(recovered: Recovered) -> str:
-    told = {}
+    told: dict = {}
     for entry in recovered.spent:
         recipe = entry["recipe"]
         words = f"{recipe['name']} (rank {recipe['rank']}, learning rate {recipe['learning_rate']:g}), {entry['steps']} steps of "

@@ -26,7 +26,7 @@ class Display:
     def __init__(self, name: str, jobs: int, workers: int, bars: bool, clock: Callable[[], float] = time.monotonic):
         self._name, self._jobs, self._clock = name, jobs, clock
         self._said: float | None = None
-        self._say = log.info
+        self._say: Callable[[str], object] = log.info
         self._bars: list = []
         if bars and progress.plain():
             self._say = lambda line: sys.stderr.write(f"{line}\n")

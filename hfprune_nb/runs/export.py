@@ -49,7 +49,8 @@ def write(study, jobs) -> None:
         for outdated in files(folder, kind, ""):
             outdated.unlink()
     shown = [job for job in jobs if STAGES[job.stage].exported]
-    chosen, contents = _representatives(study, [job for job in jobs if job not in shown]), {}
+    chosen = _representatives(study, [job for job in jobs if job not in shown])
+    contents: dict = {}
     for job in shown:
         alone = sum(other.stage == job.stage for other in shown) == 1
         point = "" if alone else "_" + re.sub(r"[^A-Za-z0-9.]+", "-", job.label)

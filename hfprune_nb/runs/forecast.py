@@ -101,7 +101,9 @@ def makespan(seconds: dict[str, float], depends_on: dict[str, tuple[str, ...]], 
     >>> makespan({"score": 2.0, "prune": 1.0, "dense": 3.0}, {"score": (), "prune": ("score",), "dense": ()}, workers=2)
     3.0
     """
-    waiting, ended, running, now = dict(seconds), {}, [], 0.0
+    waiting, now = dict(seconds), 0.0
+    ended: dict[str, float] = {}
+    running: list[tuple[float, str]] = []
     while waiting or running:
         ready = [name for name in waiting if all(other in ended or other not in seconds for other in depends_on[name])]
         for name in ready[: workers - len(running)]:
@@ -117,7 +119,8 @@ def fit(studies: list[tuple[dict, float]], known: dict) -> dict:
     A stage's rate is the median over its runs of seconds per unit of work, which one slow first run does not move.
     Stages that no study has run keep the rate that stands in `known`.
     """
-    seconds, memory = {}, {}
+    seconds: dict[str, list] = {}
+    memory: dict[str, list] = {}
     for cards, _ in studies:
         for card in cards.values():
             stage, parameters = card["stage"], card["parameters"]
@@ -186,7 +189,7 @@ def refit(cards_files: list[Path]) -> dict:
 
 def startup_seconds(cards: dict, log: Path) -> float:
     """Return the seconds from starting a job to its notebook's first step: medians of run.log beyond those of the cards."""
-    told = {}
+    told: dict = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         words = line.split()
         if words[1] == "computed" and words[-1] == "s":
@@ -233,10 +236,11 @@ def gpus_wanted(parameters: dict) -> int:
 
 def needs(study: Study, jobs: list[Job] | None = None) -> dict[str, Need]:
     """Return reference -> what that job of the study will need, by measured rates; of `jobs`, or of all."""
-    jobs = {job.reference: job for job in jobs or study.jobs}
+    wanted = {job.reference: job for job in jobs or study.jobs}
     known = rates()
     return {
-        name: need(job.stage, job.parameters, known, lambda reference: jobs[reference].parameters) for name, job in jobs.items()
+        name: need(job.stage, job.parameters, known, lambda reference: wanted[reference].parameters)
+        for name, job in wanted.items()
     }
 
 
@@ -256,7 +260,8 @@ def overdue(study: Study) -> list[Job]:
 
 def by_stage(study: Study) -> dict[str, dict]:
     """Return the forecast of a study: stage -> jobs, done, tokens, hours of one worker, GB of memory and of disk."""
-    wanted, rows = needs(study), {}
+    wanted = needs(study)
+    rows: dict[str, dict] = {}
     for outcome in status(study):
         each = wanted[outcome.job.reference]
         row = rows.setdefault(outcome.job.stage, {"jobs": 0, "done": 0, "tokens": 0.0, "hours": 0.0, "memory": 0.0, "disk": 0.0})

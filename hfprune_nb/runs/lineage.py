@@ -30,7 +30,8 @@ def hours(artifacts: Iterable[Artifact]) -> dict[str, float]:
 
     The rates are those of the forecast: what one run took depends on what else the machine did, and would make a rerun differ.
     """
-    found, known, spent = lineage(artifacts), forecast.rates(), {}
+    found, known = lineage(artifacts), forecast.rates()
+    spent: dict = {}
     parameters = {reference: complete(reference.partition("/")[0], one.parameters) for reference, one in found.items()}
     for reference, artifact in found.items():
         if artifact.inputs.keys() <= found.keys():

@@ -55,7 +55,8 @@ def overview(folders: Iterable[Path]) -> str:
 def study_page(folder: Path) -> str:
     """Return the Markdown page of an exported study: verdict, protocol, every table and figure, and what made them."""
     parts = [f"# Study {folder.name}", _description(folder), _verdict(folder), _protocol(folder)]
-    contents, made_by, seen = read_json(folder / CONTENTS), _made_by(folder), set()
+    contents, made_by = read_json(folder / CONTENTS), _made_by(folder)
+    seen: set[str] = set()
     first = [file for name in TOP for file in made_by if Path(file).stem == name]
     parts += [_shown(folder, file, made_by[file], seen) for file in first]
     for notebook, files in contents.items():
@@ -71,8 +72,8 @@ def study_page(folder: Path) -> str:
         "cards.json": "machine, versions, commit and time of every run",
         "run.log": "the log",
     }
-    links = [f"- [{name}]({name}): {what}" for name, what in files.items() if (folder / name).is_file()]
-    parts += ["\n".join([*links, "- [all studies](../README.md)"])]
+    shown = [f"- [{name}]({name}): {what}" for name, what in files.items() if (folder / name).is_file()]
+    parts += ["\n".join([*shown, "- [all studies](../README.md)"])]
     return _joined(parts)
 
 
@@ -85,8 +86,8 @@ def fill(text: str, project: Path) -> str:
     return _BLOCK.sub(lambda found: f"{found[1]}{_part(found[2], found[3], project)}{found[4]}", text)
 
 
-def _part(what: str, wanted: str, project: Path) -> str:
-    wanted = wanted.split(", ") if wanted else []
+def _part(what: str, listed: str, project: Path) -> str:
+    wanted = listed.split(", ") if listed else []
     if what in ("criteria", "allocations"):
         rows = _family(what)
     elif what == "protocol":
@@ -130,7 +131,7 @@ def _forecast(names: list[str]) -> list[str]:
         hours = [sum(table.loc[stage, "hours"] for table in tables) for stage in stages]
         needs = {f"{each.name}/{job}": need for each in studies for job, need in forecast.needs(each).items()}
         depends_on = {
-            f"{each.name}/{job.reference}": [f"{each.name}/{other}" for other in job.depends_on]
+            f"{each.name}/{job.reference}": tuple(f"{each.name}/{other}" for other in job.depends_on)
             for each in studies
             for job in grid.plan(each)
         }

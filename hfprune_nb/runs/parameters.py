@@ -6,6 +6,7 @@ import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -56,8 +57,9 @@ def _read_parameters(notebook: Path, modified: int) -> dict[str, Parameter]:
     if not cells:
         raise UserError(f"{notebook.name} has no cell tagged 'parameters': tag its first code cell")
     parameters = {}
-    for line in ast.parse("".join(cells[0]["source"]), type_comments=True).body:
-        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+    body: list[Any] = ast.parse("".join(cells[0]["source"]), type_comments=True).body
+    for line in body:
+        target: Any = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
         try:
             default = ast.literal_eval(line.value)
             name = target.id
@@ -98,7 +100,7 @@ def complete(stage: str, parameters: dict, exploring: bool = False) -> dict:
     With `exploring` the others are as the notebook says now, edits included.
     """
     notebook = notebook_path(stage)
-    values = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()}
+    values: dict[str, Any] = {name: parameter.default for name, parameter in notebook_parameters(notebook).items()}
     if not exploring:
         values |= declared(stage) or {}
     values |= check_parameters(notebook, parameters)

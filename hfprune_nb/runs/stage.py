@@ -91,7 +91,8 @@ class Run:
         self.artifact = Artifact(study_folder(study) / stage / address(stage, parameters))
         self.done = self.artifact.current
         self._lock = lock(self.artifact)
-        self._writer = self._left = None
+        self._writer: Writer = None
+        self._left: int | None = None
         if shell := _shell():
             self._watch(shell)
         if not self.done:
@@ -123,11 +124,15 @@ class Run:
                 shell.events.unregister(event, hook)
         self._hooks = {
             "pre_run_cell": lambda _: self.done or not self._writer or self._lock.held or self._lock.take(),
-            "post_run_cell": lambda result: self.done or not self._writer or result.success or self._leave(),
+            "post_run_cell": self._after_cell,
         }
         for event, hook in self._hooks.items():
             shell.events.register(event, hook)
         shell.hfprune_run = self
+
+    def _after_cell(self, result) -> None:
+        if self._writer and not self.done and not result.success:
+            self._leave()
 
     def _leave(self) -> None:
         """Let others compute this while the kernel idles after an error or an interrupt; the next cell takes the lock again."""
@@ -373,7 +378,7 @@ def _injected_names() -> set[str]:
     shell = _shell()
     sources = shell.user_ns.get("In", []) if shell else []
     injected = [line for source in sources if source.startswith("# Parameters\n") for line in ast.parse(source).body]
-    return {line.targets[0].id for line in injected if isinstance(line, ast.Assign)}
+    return {ast.unparse(line.targets[0]) for line in injected if isinstance(line, ast.Assign)}
 
 
 def _keep_failure(running: Path, failed: Path, sentence: str) -> None:

@@ -132,7 +132,7 @@ def _checked(path: Path, content: dict) -> Study:
     for name in tuned:
         if name not in names:
             raise UserError(f"recovery_criteria: unknown {name!r}, {parameters.suggest(str(name), names)}")
-    axes = {name: {} for name in STAGES}
+    axes: dict[str, dict] = {name: {} for name in STAGES}
     for key, values in (lists | {"criteria": names}).items():
         if key in AXES and values:
             name, parameter = AXES[key]

@@ -30,7 +30,7 @@ def become_worker(warm: bool) -> None:
     kernel.warm_starts = warm
 
 
-def arguments(study: Study, job: Job) -> tuple:
+def arguments(study: Study, job: Job) -> tuple[Path, dict, dict[str, str], float]:
     """Return the arguments of `work` for a job."""
     environment = _threads(study.run["threads"]) | (_OFFLINE if study.run["offline"] else {})
     return study.folder / job.reference, job.parameters, environment, study.run["timeout_minutes"] * 60

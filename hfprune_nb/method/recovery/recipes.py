@@ -1,6 +1,7 @@
 """Recipes of recovery: the published ones, and changes to them."""
 
 import dataclasses
+from typing import Any
 
 from hfprune_nb.errors import UserError
 
@@ -43,7 +44,7 @@ def recipe(name: str, **changes: float) -> Recipe:
     """
     if name not in RECIPES:
         raise UserError(f"recipe '{name}' is unknown: choose one of {', '.join(RECIPES)}.")
-    given = {field: value for field, value in changes.items() if value}
+    given: dict[str, Any] = {field: value for field, value in changes.items() if value}
     if negative := [field for field, value in given.items() if value < 0]:
         raise UserError(f"{negative[0]} {given[negative[0]]} is negative: give a positive number, or 0 for the recipe's own.")
     if not RECIPES[name].rank and given.keys() & {"rank", "alpha", "dropout"}:

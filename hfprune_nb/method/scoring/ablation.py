@@ -224,7 +224,8 @@ def _batches(order: list[int], ablations: list[Ablation], together: int) -> Iter
 
 def _ablated_hidden(model, dense: _Dense, ablations: list[dict[int, Sequence[int]]]) -> torch.Tensor:
     """Return the final hidden states (ablations * windows, seq, hidden), ablation by ablation, from the first layer concerned."""
-    mlps, masks = gated_mlps(model), {}
+    mlps = gated_mlps(model)
+    masks: dict = {}
     n_windows = len(dense.inputs[0])
     for row, ablation in enumerate(ablations):
         for layer, neurons in ablation.items():
@@ -285,7 +286,7 @@ def changes(logits: torch.Tensor, dense_logits: torch.Tensor, dense_log_p: torch
 @contextlib.contextmanager
 def _watched(mlps) -> Iterator[list[torch.Tensor]]:
     """Within the context, collect the neurons' activations of every layer; the graph starts at the first layer's."""
-    seen = []
+    seen: list = []
 
     def watch(_, positional):
         states = positional[0]

@@ -85,7 +85,8 @@ class _Target:
 
 
 def _targets(criteria, compiled, groups) -> list[_Target]:
-    found, functions = {}, REDUCTIONS
+    found: dict = {}
+    functions = REDUCTIONS
     if compiled:
         functions = {name: torch.compile(function, dynamic=True) for name, function in REDUCTIONS.items()}
 

@@ -17,7 +17,9 @@ import functools
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ logger = logging.getLogger(__name__)
 def score(
     model,
     windows: np.ndarray,
-    criteria: list[str | dict],
+    criteria: Sequence[str | dict | registry.Variant],
     *,
     batch_size: int = 4,
     chunk_size: int = 128,
@@ -141,9 +143,11 @@ def score(
         teacher_bytes=TEACHER_BYTES if students else 0,
     )
     started = time.perf_counter()
-    found, mean_value, ranked_last = {}, {}, {}
+    found: dict = {}
+    mean_value: dict = {}
+    ranked_last: dict = {}
     tokens = np.size(windows) if reading else 0
-    searching = {name: criterion for name, criterion in reading.items() if criterion.kind == "search"}
+    searching: dict[str, Any] = {name: criterion for name, criterion in reading.items() if criterion.kind == "search"}
     own = tokens * (1 + len(students)) // scoring_pass.world_size
     own += int(tokens * sum(criterion.passes.forward - criterion.start.passes.forward for criterion in searching.values()))
     with bar(own, "tok", "scoring", enabled=progress and tokens > 0) as progress_bar, fast_on_cpu(model), frozen(model):
@@ -351,7 +355,8 @@ class _Teacher:
     """
 
     def __init__(self, limit: int):
-        self.free, self.states = limit, {}
+        self.free = limit
+        self.states: dict = {}
 
     def keep(self, numbers, hidden):
         """Keep what the batch of the windows with these `numbers` left, if it still fits."""

@@ -84,7 +84,7 @@ def load_groups(file: Path, criterion: str, model) -> list[torch.Tensor]:
 
 def load_snapshots(file: Path) -> dict[int, dict[str, list[torch.Tensor]]]:
     """Read what `Scores.save_snapshots` wrote; raise UserError for a missing or truncated file."""
-    snapshots = {}
+    snapshots: dict = {}
     for key, rows in by_layer(load_tensors(file)).items():
         name, _, n = key.rpartition("/")
         snapshots.setdefault(int(n), {})[name] = rows

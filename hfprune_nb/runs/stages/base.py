@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hfprune_nb.errors import UserError
+from hfprune_nb.families import Member
 
 EVERYTHING = "*"
 # What parameters may be that mean the same in every stage that has them.
@@ -162,7 +163,7 @@ def mlps(parameters: dict, known: dict) -> tuple[int, int, int]:
     return tuple(known["mlps"].get(parameters.get("model"), known["mlps"]["default"]))
 
 
-def source(member: type) -> Path:
+def source(member: type[Member]) -> Path:
     """Return the file in which a member of a family is written; raise UserError for one of a notebook's cell, which has none."""
     try:
         return Path(inspect.getfile(member))
