@@ -115,8 +115,11 @@ class Question:
                 break
             if self.detectable(seeds, sizes[-1]) <= detect:
                 # A larger one finds less.
-                best = (seeds, sizes[bisect.bisect_left(sizes, -detect, key=lambda n, seeds=seeds: -self.detectable(seeds, n))])
+                best = (seeds, sizes[bisect.bisect_left(sizes, -detect, key=functools.partial(self._fineness, seeds))])
         return best
+
+    def _fineness(self, seeds: int, n: int) -> float:
+        return -self.detectable(seeds, n)
 
     def seeds_for(self, detect: float) -> int | None:
         """Return how many seeds find `detect` with all items that there are, or None where that takes too many."""
