@@ -51,7 +51,7 @@ def plain() -> bool:
 
 def share_bar(description: str, row: int = 0):
     """Return a bar that `draw` sets to a share, in this row of several; those below the first go when they are closed."""
-    form = "{l_bar}{bar:20}| [{elapsed}{postfix}]" if row == 0 else "  {l_bar}{bar:20}|{postfix}"
+    form = "{l_bar}{bar}| [{elapsed}{postfix}]" if row == 0 else "  {l_bar}{bar}|{postfix}"
     return tqdm.auto.tqdm(
         total=1.0, desc=description, position=row, leave=row == 0, bar_format=form, dynamic_ncols=True, mininterval=0
     )
