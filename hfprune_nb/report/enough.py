@@ -70,8 +70,8 @@ def predicted(snapshots: dict[int, Layers], ratio: float, windows: float = 0) ->
     found = halves(snapshots)
     if found is None:
         return np.nan
-    *both, size = found
-    reliability = correlation(overlap(*both, ratio), 1 - ratio)
+    first, second, size = found
+    reliability = correlation(overlap(first, second, ratio), 1 - ratio)
     return jaccard(np.sqrt(more(reliability, (windows or max(snapshots)) / size)), 1 - ratio)
 
 
@@ -85,8 +85,8 @@ def needed(snapshots: dict[int, Layers], ratio: float, overlap_with_all: float) 
     found = halves(snapshots)
     if found is None:
         return np.nan
-    *both, size = found
-    own = correlation(overlap(*both, ratio), 1 - ratio)
+    first, second, size = found
+    own = correlation(overlap(first, second, ratio), 1 - ratio)
     wanted = correlation(overlap_with_all, 1 - ratio) ** 2
     return size * wanted * (1 - own) / (own * (1 - wanted)) if own > 0 else np.inf
 

@@ -31,7 +31,14 @@ MEASURES = {
 UNITS = {"task": "%", "average": "%", "perplexity": "", "js": "", "kl": "nat", "jaccard15": "", "top1": "%", **choices.UNITS}
 
 # What no value can leave, so that no interval does.
-LIMITS = {"task": (0, 100), "average": (0, 100), "js": (0, 1), "kl": (0, np.inf), "jaccard15": (0, 1), "top1": (0, 100)}
+LIMITS: dict[str, tuple[float, float]] = {
+    "task": (0, 100),
+    "average": (0, 100),
+    "js": (0, 1),
+    "kl": (0, np.inf),
+    "jaccard15": (0, 1),
+    "top1": (0, 100),
+}
 LIMITS |= choices.LIMITS
 # Differences that are too small to matter: points, nats per token, JS distance, nats.
 MARGINS = {"average": 0.5, "perplexity": 0.01, "js": 0.003, "kl": 0.01}
