@@ -250,10 +250,10 @@ def test_neuron_ratios_leave_the_ratio_unset(project):
 
 def test_cost_and_experiments_need_no_grid(project):
     empty = {"seeds": None, "criteria": None, "ratios": None, "evaluation": None}
-    toys.write_study(project, "cost", models=["tiny", "other"], cost={"repeats": 2}, **empty)
+    toys.write_study(project, "cost", models=["tiny", "other"], cost={"repetitions": 2}, **empty)
     plan = grid.plan(study.load("cost"))
     assert [(job.stage, job.parameters, job.depends_on) for job in plan] == [
-        ("cost", {"model": model, "repeats": 2}, ()) for model in ("tiny", "other")
+        ("cost", {"model": model, "repetitions": 2, "n_windows": 2, "seq_len": 8}, ()) for model in ("tiny", "other")
     ]
     toys.write_study(project, "both", cost={}, experiments={"ablations": 2}, **empty)
     assert [job.stage for job in grid.plan(study.load("both"))] == ["experiments", "cost", "questions"]

@@ -36,7 +36,7 @@ FIGURES = (
     'study: str = "toy"\nevaluations: list = []\nscorings: list = []\nprunings: list = []\ntitle: str = "Toy"',
     "[read(artifact) for artifact in run.inputs['evaluations']]",
 )
-COST = ('study: str = "toy"\nmodel: str = "tiny"\nrepeats: int = 3', "repeats")
+COST = ('study: str = "toy"\nmodel: str = "tiny"\nrepetitions: int = 3\nn_windows: int = 2\nseq_len: int = 8', "repetitions")
 EXPERIMENTS = (
     'study: str = "toy"\nmodel: str = "tiny"\nablations: int = 4\ncriteria: list = ["entropy"]\nseed: int = 0',
     "ablations",

@@ -286,7 +286,7 @@ def _section(name: str, given: dict, axes: dict, shared: dict) -> dict:
     own = {parameter for parameter in STAGES[name].axes.values() if parameter in grid.ALWAYS}
     taken = {*own, *axes, *STAGES[name].grid, *STAGES[name].inputs, "study"}
     if both := sorted(taken & given.keys()):
-        raise UserError(f"{name}.{both[0]} is set by the grid of the study: remove it from the section")
+        raise UserError(f"{name}.{both[0]} is set by the grid of the study: remove it, or set it to null where it is inherited")
     notebook = parameters.notebook_path(name)
     known = parameters.notebook_parameters(notebook).keys()
     try:
