@@ -61,7 +61,7 @@ def test_the_example_of_a_study_loads(tmp_path):
     (tmp_path / "mine.yaml").write_text(example)
     loaded = study.load(tmp_path / "mine.yaml")
     assert loaded.models == [str(tmp_path / "my-model")] and len(loaded.variants) == 2
-    assert sum(job.stage == "pruning" for job in loaded.jobs) == 3 * 2 * 3 * 2 * 2
+    assert sum(job.stage == "pruning" for job in loaded.jobs) == 5 * 2 * 2 * 2, "seeds, criteria, allocations, multiples"
 
 
 def test_no_stage_of_a_study_is_longer_than_it_may_be():
