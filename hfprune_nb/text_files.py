@@ -3,6 +3,7 @@
 import bz2
 import glob
 import gzip
+import importlib.util
 import io
 import json
 import lzma
@@ -49,8 +50,17 @@ def find(name: str | Path, what: str, suffixes: tuple[str, ...]) -> Path | None:
 
 
 def matching(pattern: str) -> list[Path]:
-    """Return the files that a pattern such as `src/**/*.py` names, looked up in the project; none for an empty one."""
-    root = paths.project()
+    """Return the files that a pattern such as `src/**/*.py` names, looked up in the project; none for an empty one.
+
+    `transformers:*.py` are files of an installed package: with pinned versions the same text everywhere.
+    """
+    package, _, inside = pattern.partition(":")
+    # One letter in front of a colon is a drive of Windows.
+    spec = importlib.util.find_spec(package) if inside and len(package) > 1 and package.isidentifier() else None
+    if spec and spec.submodule_search_locations:
+        root, pattern = Path(spec.submodule_search_locations[0]), inside
+    else:
+        root = paths.project()
     found = glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True) if pattern else []
     return sorted(file for name in found if (file := root / name).is_file())
 

@@ -148,6 +148,7 @@ def test_files_that_a_pattern_names_count_by_their_content(project):
     found.append(address("experiments", values))
     assert found[0] == found[1] and len(set(found)) == 3, "comments are text, too"
     STAGES["experiments"].check({"criteria": ["entropy"], "own_text": "own/*.py"})
+    STAGES["experiments"].check({"criteria": ["entropy"], "own_text": "transformers:*.py"})
     with pytest.raises(UserError, match="own_text='oen/.*' matches no file"):
         STAGES["experiments"].check({"criteria": ["entropy"], "own_text": "oen/*.py"})
 

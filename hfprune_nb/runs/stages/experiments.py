@@ -13,12 +13,12 @@ class Experiments(Stage):
     section = "experiments"
     told_apart = False
     files = ("model", "corpora", "own_text")
-    version = 2  # dtype is float32 by default, was bfloat16
+    version = 3  # own_text is another package's code, was the kit's own; 2: dtype is float32 by default, was bfloat16
 
     def check(self, values):
         criteria.variants(values["criteria"])
         if (pattern := values.get("own_text")) and not text_files.matching(pattern):
-            raise UserError(f"own_text={pattern!r} matches no file in the kit's folder: mend the pattern, or leave it empty")
+            raise UserError(f"own_text={pattern!r} matches no file of kit or package: mend the pattern, or leave it empty")
 
     def sources(self, parameters):
         return {variant.name: source(variant.criterion) for variant in criteria.variants(parameters["criteria"])}
