@@ -96,13 +96,13 @@ def test_results_are_published_for_a_reader(smoke):
         for suffix in ("csv", "md", "html"):
             assert (smoke.folder / "tables" / f"{name}.{suffix}").stat().st_size > 0
     drawn = (
+        "hero",
         "forest",
         "next_tokens",
         "against_ratio",
         "importance",
         "rank_agreement",
         "kept_overlap",
-        "widths",
         "truth",
         "calibration",
         "gradient",
@@ -110,6 +110,7 @@ def test_results_are_published_for_a_reader(smoke):
     for name in drawn:
         for suffix in ("png", "svg"):
             assert (smoke.folder / "figures" / f"{name}.{suffix}").stat().st_size > 1000
+    assert not (smoke.folder / "figures" / "widths.png").exists(), "all layers are as wide: there is nothing to see"
     pages = {path.stem for path in (smoke.folder / "notebooks").glob("*.html")}
     chain = {"01_calibration", "02_scoring", "03_pruning", "05_evaluation", "05_evaluation_dense", "06_figures"}
     assert pages == chain | {"08_experiments", "09_questions", "12_recommendation"}
