@@ -16,7 +16,7 @@ from scipy import stats
 
 from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.report import neurons, next_tokens, style
+from hfprune_nb.report import ground_truth, neurons, next_tokens, style
 from hfprune_nb.report.criterion import against_ratio, criterion_table
 from hfprune_nb.report.paired import PAIRED, forest, hero, paired_table
 from hfprune_nb.report.results import collect, first_seeds, kept, scores
@@ -130,14 +130,24 @@ def test_one_colour_means_one_criterion():
 def test_hero_shows_how_far_each_criterion_is_from_entropy(results, criterion):
     table = paired_table(results)
     figure = hero(table, criterion, MODEL)
-    left, right = figure.axes
-    assert left.get_title().startswith("average") and right.get_title().startswith("log-perplexity")
+    left, middle, right = figure.axes
+    assert left.get_title().startswith("average") and middle.get_title().startswith("log-perplexity")
+    assert right.get_title().startswith("JS distance"), "the measures on which the verdict rests"
     words = figure.legends[0].get_texts()
     assert [text.get_text() for text in words] == ["One-hot CE", "Self-distillation"]
     against = table.long[(table.long["a"] == "entropy") & (table.long["column"] == "perplexity:c4")]
-    drawn = [point.lines[0].get_xdata()[0] for point in right.containers]
+    drawn = [point.lines[0].get_xdata()[0] for point in middle.containers]
     assert sorted(drawn) == pytest.approx(sorted(-against["mean"])) and len(drawn) == 2 * against["ratio"].nunique()
     assert "not drawn, at 10 %: Magnitude" in figure.get_label() and figure.get_figwidth() == style.WIDTH
+
+
+def test_no_criterion_is_called_best_whose_interval_does_not_say_so():
+    rows = [("one_hot_ce", 0.59, 0.39), ("entropy", 0.58, 0.39)]
+    frame = pd.DataFrame(rows, columns=["predictor", "spearman", "low"]).assign(scope="within", target="kl")
+    legend = style.Legend(["one_hot_ce", "entropy"])
+    assert "all criteria rank" in ground_truth._caption(frame, ["one_hot_ce", "entropy"], legend)
+    sure = ground_truth._caption(frame.assign(low=[0.585, 0.39]), ["one_hot_ce", "entropy"], legend)
+    assert "One-hot CE ranks" in sure and "worst (0.58)" in sure
 
 
 def test_a_crowd_keeps_to_the_width_and_each_is_named(results):
@@ -147,7 +157,7 @@ def test_a_crowd_keeps_to_the_width_and_each_is_named(results):
     crowd = pd.concat([rows.query("a == 'entropy' and b == 'one_hot_ce'").assign(b=spec["as"]) for spec in specs])
     legend = style.Legend([*synthetic.THREE, *specs])
     figure = forest(Table("paired", "", crowd, None, (), legend), MODEL)
-    assert figure.get_figwidth() == style.WIDTH and len(figure.axes) == 2
+    assert figure.get_figwidth() == style.WIDTH and len(figure.axes) == 3
     assert len(figure.axes[0].get_yticklabels()) == 24
 
 

@@ -188,9 +188,14 @@ def components_figure(table: Table, model: str) -> Figure:
     places = list(dict.fromkeys(zip(long["ratio"], long["a"], long["b"], strict=True)))
     labels = [f"{table.legend.label(a)} − {table.legend.label(b)}, {percent(ratio)}" for ratio, a, b in places]
     with mpl.rc_context(STYLE):
-        size = (WIDTH, 1.4 + 0.42 * len(places))
-        fig, axes = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
-        for ax, name in zip(axes.flat, names, strict=True):
+        across = min(2, len(names))
+        down = -(-len(names) // across)
+        fig, axes = plt.subplots(
+            down, across, figsize=(WIDTH, 0.6 + down * (0.8 + 0.42 * len(places))), sharey=True, squeeze=False
+        )
+        for ax in axes.flat[len(names) :]:
+            ax.set_axis_off()
+        for ax, name in zip(axes.flat, names, strict=False):
             rows = long[long["column"] == name]
             for row in rows.to_dict("records"):
                 place = places.index((row["ratio"], row["a"], row["b"]))

@@ -230,4 +230,6 @@ def _ratio_panel(ax, cells: pd.DataFrame, legend: Legend) -> None:
         if high > low:
             ax.set_ylim((low / margin, high * margin) if measure == "perplexity" else (low - margin, high + margin))
     ax.set_xticks(ratios)
+    if len(ratios) == 1:  # by themselves axes would pull the dodged points apart to their edges
+        ax.set_xlim(ratios[0] - 5, ratios[0] + 5)
     ax.set(title=measure_name(name, measure), xlabel="parameters removed, %", ylabel=AXIS_LABELS[measure])

@@ -138,14 +138,20 @@ def truth_figure(predictions: pd.DataFrame, correlations: pd.DataFrame, model: s
 
 
 def _caption(correlations: pd.DataFrame, names: list[str], legend: Legend) -> str:
-    within = correlations[correlations["scope"] == "within"].set_index(["predictor", "target"])["spearman"]
-    kl = within.xs("kl", level="target").reindex(legend.compared(names)).dropna()
-    if kl.empty:
+    within = correlations[correlations["scope"] == "within"].set_index(["predictor", "target"])
+    rows = within.xs("kl", level="target").reindex(legend.compared(names)).dropna(subset="spearman")
+    if rows.empty:
         return ""
+    kl = rows["spearman"]
     best, worst = kl.idxmax(), kl.idxmin()
-    told = f"Within a layer {legend.label(best)} ranks the measured KL of single neurons best ({kl[best]:.2f})"
-    told += f", {legend.label(worst)} worst ({kl[worst]:.2f})" if best != worst else ""
-    exact = within.get((SIGNED, "ce"))
+    if best != worst and kl[worst] >= rows.loc[best, "low"]:
+        told = (
+            f"Within a layer all criteria rank the measured KL of single neurons about alike ({kl[worst]:.2f} to {kl[best]:.2f})"
+        )
+    else:
+        told = f"Within a layer {legend.label(best)} ranks the measured KL of single neurons best ({kl[best]:.2f})"
+        told += f", {legend.label(worst)} worst ({kl[worst]:.2f})" if best != worst else ""
+    exact = within["spearman"].get((SIGNED, "ce"))
     return told + (f"; the signed estimate on the same text ranks the change of CE with {exact:.2f}." if exact else ".")
 
 

@@ -207,7 +207,7 @@ def forest(paired: Table, model: str) -> Figure:
     """Draw paired differences between criteria with 95 % intervals, a panel per measure; `paired` is `paired_table`.
 
     Filled markers: the interval excludes zero, also after Holm's correction; hollow ones: it does not. The side where
-    the first criterion of a pair is better is written below each panel. Many pairs are drawn for `HERO`'s measures alone.
+    the first criterion of a pair is better is written below each panel. Many pairs are drawn for `HEADLINE` alone.
     """
     rows = paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
     if rows.empty:
@@ -233,19 +233,19 @@ def _short(a: str, b: str, legend: Legend) -> str:
     return f"{legend.short(a)} − {legend.short(b)}"
 
 
-# Of these measures the first two that a study has, on its first corpus, tell it in one picture.
-HERO = ("average", "perplexity", "kl", "js")
+# On these measures, the first average and the first corpus, a study's verdict and its first picture rest.
+HEADLINE = ("average", "perplexity", "js")
 
 
 def _hero_columns(rows: pd.DataFrame) -> list[str]:
     firsts = rows.drop_duplicates("measure").set_index("measure")["column"]
-    return [firsts[measure] for measure in HERO if measure in firsts][:2]
+    return [firsts[measure] for measure in HEADLINE if measure in firsts]
 
 
 def hero(paired: Table, criterion: Table, model: str) -> Figure:
-    """Draw each criterion's difference to entropy with its 95 % interval in two measures, by ratio.
+    """Draw each criterion's difference to entropy with its 95 % interval in the measures of its verdict, by ratio.
 
-    `paired` and `criterion` are `paired_table` and `criterion_table`. The measures are the first two of `HERO` that there are.
+    `paired` and `criterion` are `paired_table` and `criterion_table`; a panel for each of `HEADLINE` that there is.
     Baselines, which have no paired test and would hide the others, stand in the caption.
     """
     legend, rows = paired.legend, paired.long[(paired.long["model"] == model) & paired.long["low"].notna()]
@@ -259,7 +259,7 @@ def hero(paired: Table, criterion: Table, model: str) -> Figure:
     rows = rows.assign(series=rows["b"].where(turned, rows["a"]), mean=sign * rows["mean"], low=low, high=high)
     rows["certain"] = rows["verdict"].str.endswith(" better")
     names = legend.in_order(rows["series"])
-    fig = _panels(rows, {name: (legend.label(name), legend.look(name)) for name in names}, "better than entropy", across=2)
+    fig = _panels(rows, {name: (legend.label(name), legend.look(name)) for name in names}, "better than entropy", across=3)
     fig.suptitle(f"{model}: difference to {legend.label(REFERENCE)}, 95 % intervals (filled: decided after Holm)", fontsize=10)
     told = f"{int(rows['certain'].sum())} of {len(rows)} differences to entropy exclude zero after Holm's correction"
     return closed(fig, f"{told}{_baselines(criterion, rows, model)}.")
@@ -282,7 +282,7 @@ def _baselines(criterion: Table, rows: pd.DataFrame, model: str) -> str:
             means = cells[cells["column"] == column].set_index("criterion")["mean"]
             means = np.log(means) if measure == "perplexity" else means
             sizes.append(f"{means[name] - means[REFERENCE]:+.{1 if measure == 'average' else 2}f} {SIZES[measure]}")
-        told.append(f"{criterion.legend.label(name)} {' and '.join(sizes)}")
+        told.append(f"{criterion.legend.label(name)} {' and '.join(filter(None, [', '.join(sizes[:-1]), sizes[-1]]))}")
     return f"; not drawn, at {percent(ratio)}: {', '.join(told)}" if told else ""
 
 

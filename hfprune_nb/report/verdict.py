@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 
 from hfprune_nb.files import write_json
-from hfprune_nb.report.paired import SIZES, margins_in_words
+from hfprune_nb.report.paired import HEADLINE, SIZES, margins_in_words
 from hfprune_nb.report.results import LOWER_IS_BETTER, NO_ACCURACY, percent
 from hfprune_nb.report.style import Legend
 from hfprune_nb.report.table import ONE_SEED, Table, digits_of
 
-HEADLINE = ("average", "perplexity", "js")
 NAMED = 3  # more criteria or differences than these are counted, not named
 
 

@@ -11,7 +11,7 @@ class Figures(Stage):
     notebook = "06_figures.ipynb"
     inputs = {"evaluations": Input("evaluation", many=True)}
     exported = True
-    version = 3  # a hero figure, captions; before: a verdict, equivalence tests; accuracies make the first average
+    version = 4  # the hero figure shows the verdict's measures; before: captions, a verdict, accuracies as the first average
 
     def check(self, values):
         if wrong := [

@@ -16,7 +16,7 @@ class Questions(Stage):
     }
     section = "experiments"
     exported = True
-    version = 3  # captions, looks that are those of the criteria; before: variance components, the power plan
+    version = 4  # no criterion is called best whose interval does not say so; before: captions, variance components, power plan
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0
