@@ -153,6 +153,16 @@ def test_files_that_a_pattern_names_count_by_their_content(project):
         STAGES["experiments"].check({"criteria": ["entropy"], "own_text": "oen/*.py"})
 
 
+@pytest.mark.parametrize("stage", ["figures", "questions"])
+def test_hours_are_told_by_rates_which_count(stage, project):
+    rates = project / "data" / "rates.yaml"
+    rates.parent.mkdir(exist_ok=True)
+    rates.write_text("devices: {}")
+    before = address(stage, parameters.complete(stage, {}))
+    rates.write_text("devices: {cpu: {}}")
+    assert address(stage, parameters.complete(stage, {})) != before
+
+
 def test_adapters_count_with_the_model_that_they_were_trained_on(project, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder in (base, adapter):

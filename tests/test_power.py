@@ -122,7 +122,7 @@ def chain(study, n_items=20):
         writer = artifacts.Writer(study / stage / f"{key:016x}")
         (make or (lambda to: to.mkdir(parents=True)))(writer.partial)
         values = parameters.complete(stage, given)
-        card = {"stage": stage, "parameters": values, "seconds": 50.0, "peak_memory_bytes": 1e9, "versions": {}}
+        card = {"stage": stage, "parameters": values, "seconds": 5000.0, "peak_memory_bytes": 1e9, "versions": {}}
         return writer.finish(values, dict.fromkeys(inputs, ""), card)
 
     made = [put("evaluation", 99, [], lambda to: synthetic.evaluation(to, n_items=n_items), device="cpu")]
@@ -168,7 +168,7 @@ def test_hours_are_those_of_the_forecast(tmp_path):
     assert costs.hours(2, 10) - costs.hours(1, 10) == pytest.approx(costs.seed + 3 * 10 * costs.window)
     assert costs.hours(2, items={"boolq": 5}) == pytest.approx(costs.hours(2) + 7 * 5 * costs.item["boolq"])
     own = power.Costs(**lineage.unit_hours(made, MODEL, synthetic.THREE, own=True))
-    assert own.seed > costs.seed and own.window != costs.window, "50 seconds for every job"
+    assert own.seed > costs.seed and own.window != costs.window, "5,000 seconds for every job, more than by any rates"
     assert (
         lineage.unit_hours(made, "other", synthetic.THREE) is None
         and lineage.unit_hours(made[:1], MODEL, synthetic.THREE) is None

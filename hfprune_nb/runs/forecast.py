@@ -183,8 +183,16 @@ def refit(cards_files: list[Path]) -> dict:
         f"their study files say, on {', '.join(machines)}; stages that these studies lack keep rates that were not measured."
     )
     known = known | {"devices": known["devices"] | {"cpu": fitted}}
-    (paths.data() / "rates.yaml").write_text(yaml.safe_dump(known, sort_keys=False, width=110), encoding="utf-8")
+    text = yaml.dump(known, Dumper=_Dumper, sort_keys=False, width=110)
+    (paths.data() / "rates.yaml").write_text(text, encoding="utf-8")
     return fitted
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with each list on one line."""
+
+
+_Dumper.add_representer(list, lambda dumper, found: dumper.represent_sequence("tag:yaml.org,2002:seq", found, flow_style=True))
 
 
 def startup_seconds(cards: dict, log: Path) -> float:

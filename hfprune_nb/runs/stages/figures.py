@@ -1,5 +1,6 @@
 """Stage 06: the evaluations as tables and figures."""
 
+from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.runs.stages.base import Input, Stage
 
@@ -18,6 +19,9 @@ class Figures(Stage):
             name for name, margin in values.get("margins", {}).items() if not (isinstance(margin, int | float) and margin > 0)
         ]:
             raise UserError(f"margins: that of {wrong[0]} must be a number above 0, the difference that is too small to matter")
+
+    def sources(self, parameters):
+        return {"rates": paths.data() / "rates.yaml"}  # by which hours are told
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0

@@ -1,5 +1,6 @@
 """Stage 09: why the criteria agree or differ."""
 
+from hfprune_nb import paths
 from hfprune_nb.runs.stages.base import Input, Stage
 
 
@@ -17,6 +18,9 @@ class Questions(Stage):
     section = "experiments"
     exported = True
     version = 4  # no criterion is called best whose interval does not say so; before: captions, variance components, power plan
+
+    def sources(self, parameters):
+        return {"rates": paths.data() / "rates.yaml"}  # by which hours are told
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0
