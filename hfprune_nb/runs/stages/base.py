@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from hfprune_nb import paths
 from hfprune_nb.errors import UserError
 from hfprune_nb.families import Member
 
@@ -161,6 +162,12 @@ def size(parameters: dict, known: dict) -> float:
 def mlps(parameters: dict, known: dict) -> tuple[int, int, int]:
     """Return the layers, the neurons of each, and the hidden size of a run's model, as far as the rates know it."""
     return tuple(known["mlps"].get(parameters.get("model"), known["mlps"]["default"]))
+
+
+def rates() -> dict[str, Path]:
+    """Return the file of the forecast's rates as `Stage.sources` wants it, for stages that tell hours; {} where there is none."""
+    file = paths.data() / "rates.yaml"
+    return {"rates": file} if file.is_file() else {}
 
 
 def source(member: type[Member]) -> Path:

@@ -1,8 +1,7 @@
 """Stage 06: the evaluations as tables and figures."""
 
-from hfprune_nb import paths
 from hfprune_nb.errors import UserError
-from hfprune_nb.runs.stages.base import Input, Stage
+from hfprune_nb.runs.stages.base import Input, Stage, rates
 
 
 class Figures(Stage):
@@ -21,7 +20,7 @@ class Figures(Stage):
             raise UserError(f"margins: that of {wrong[0]} must be a number above 0, the difference that is too small to matter")
 
     def sources(self, parameters):
-        return {"rates": paths.data() / "rates.yaml"}  # by which hours are told
+        return rates()
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0

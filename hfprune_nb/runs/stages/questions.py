@@ -1,7 +1,6 @@
 """Stage 09: why the criteria agree or differ."""
 
-from hfprune_nb import paths
-from hfprune_nb.runs.stages.base import Input, Stage
+from hfprune_nb.runs.stages.base import Input, Stage, rates
 
 
 class Questions(Stage):
@@ -20,7 +19,7 @@ class Questions(Stage):
     version = 4  # no criterion is called best whose interval does not say so; before: captions, variance components, power plan
 
     def sources(self, parameters):
-        return {"rates": paths.data() / "rates.yaml"}  # by which hours are told
+        return rates()
 
     def work(self, parameters, known, ancestor):
         return len(parameters["evaluations"]) or 1, 0
